@@ -1,0 +1,139 @@
+"""
+What a browser's own EventSource sees through nginx, two processes and Redis.
+
+Each promise is kept in Chromium and in Firefox.
+"""
+
+import threading
+import time
+
+import pytest
+
+REPLAYED_EVENTS = 5000
+
+# Larger than all buffers between the app and the page together, and far from
+# the whole replay.
+HELD_AFTER_BYTES = 300_000
+
+
+def numbers(events):
+    return [int(event["data"].split()[0]) for event in events]
+
+
+class TestFormat:
+    def test_named_events_and_text_arrive_as_published(self, stack, publish, browser, topic):
+        """
+        Names, text outside the BMP, every kind of line end and empty data.
+        """
+        cases = [
+            ("message", "plain", "plain"),
+            ("order.created", '{"order":1}', '{"order":1}'),
+            ("order.created", {"order": 2, "note": "größer"}, '{"order":2,"note":"größer"}'),
+            ("message", "😀 🏳️‍🌈 𝄞", "😀 🏳️‍🌈 𝄞"),
+            ("message", "one\ntwo", "one\ntwo"),
+            ("message", "one\r\ntwo", "one\ntwo"),
+            ("message", "one\rtwo", "one\ntwo"),
+            ("message", "\none\n\ntwo\n", "\none\n\ntwo\n"),
+            ("message", "", ""),
+            ("order.created", "", ""),
+            ("message", " led by a space", " led by a space"),
+            ("message", ": not a comment", ": not a comment"),
+            ("message", "id: 7\nevent: forged\ndata: x", "id: 7\nevent: forged\ndata: x"),
+        ]
+        source = browser.open(f"/events?topic={topic}", ["order.created", "forged"])
+        source.wait_open()
+
+        ids = publish(
+            *({"topics": [topic], "event": event, "data": data} for event, data, _ in cases)
+        )
+        events = source.wait_events(len(cases))
+
+        assert [(event, shown) for event, _, shown in cases] == [
+            (event["event"], event["data"]) for event in events
+        ]
+        assert ids == [event["id"] for event in events]
+
+
+class TestKilledProcess:
+    def test_every_event_arrives_once_and_in_order(
+        self, stack, publish, browser, topic, serving
+    ):
+        """
+        SIGKILL of the serving process loses and repeats nothing.
+        """
+        source = browser.open(f"/events?topic={topic}")
+        killed = serving(source.wait_open())
+        publish(*({"topics": [topic], "data": f"{n}"} for n in range(100)))
+        source.wait_events(100)
+
+        killed.kill()
+        publish(*({"topics": [topic], "data": f"{n}"} for n in range(100, 200)))
+        successor = serving(source.wait_open(2))
+        publish(*({"topics": [topic], "data": f"{n}"} for n in range(200, 300)))
+        events = source.wait_events(300)
+
+        assert list(range(300)) == numbers(events)
+        assert 300 == len({event["id"] for event in events})
+        assert killed is not successor
+        assert [] == source.events("stream.reset")
+
+    def test_every_event_arrives_once_and_in_order_in_the_middle_of_a_replay(
+        self, stack, publish, browser, topic, serving
+    ):
+        """
+        SIGKILL half-way through 5,000 replayed events loses and repeats nothing.
+        """
+        [before] = publish({"topics": [topic], "data": "before"})
+        for first in range(0, REPLAYED_EVENTS, 1000):
+            publish(
+                *(
+                    {"topics": [topic], "data": f"{n} {'.' * 1000}"}
+                    for n in range(first, first + 1000)
+                )
+            )
+        browser.gate.hold_after(HELD_AFTER_BYTES)
+
+        source = browser.open(f"/events?topic={topic}&last_event_id={before}", characters=8)
+        killed = serving(source.wait_open())
+        source.wait(lambda: source.streams()[0].received_bytes >= HELD_AFTER_BYTES)
+        killed.kill()
+        browser.gate.release()
+        serving(source.wait_open(2))
+        events = source.wait_events(REPLAYED_EVENTS)
+
+        broken, resumed, *_ = source.streams()
+        assert list(range(REPLAYED_EVENTS)) == numbers(events)
+        assert [] == source.events("stream.reset")
+        # It was the middle, and the browser said so itself.
+        assert broken.received_bytes < REPLAYED_EVENTS * 1000 / 2
+        assert resumed.last_event_id in {event["id"] for event in events}
+
+
+class TestQuietTopic:
+    def test_a_client_quiet_for_longer_than_the_window_resumes_without_a_reset(
+        self, short_window, publish_to, browser, topic, others_busy
+    ):
+        """
+        `stream.position` keeps a silent stream's position inside the window.
+        """
+        publish = publish_to(short_window)
+        browser.gate.target = short_window.address
+        source = browser.open(f"/events?topic={topic}")
+        source.wait_open()
+        [early] = publish({"topics": [topic], "data": "0"})
+        source.wait_events(1)
+
+        quiet_until = time.monotonic() + 1.5 * short_window.history_seconds
+        source.wait(lambda: time.monotonic() > quiet_until)
+        browser.gate.cut()
+        source.wait(lambda: source.streams()[0].ended)
+        publish(*({"topics": [topic], "data": f"{n}"} for n in range(1, 6)))
+        source.wait_open(2)
+        publish(*({"topics": [topic], "data": f"{n}"} for n in range(6, 11)))
+        events = source.wait_events(11)
+
+        assert list(range(11)) == numbers(events)
+        assert [] == source.events("stream.reset")
+        # Without the new position there would have been a loss to tell of.
+        assert source.streams()[1].last_event_id != early
+        assert short_window.forgot(early)

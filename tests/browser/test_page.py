@@ -1,0 +1,283 @@
+"""
+The demonstration page at `/`, in Chromium, straight from nginx.
+
+Elements are found by their labels and roles, as a screen reader finds them.
+"""
+
+import json
+import re
+
+import pytest
+from playwright.sync_api import expect
+
+pytestmark = pytest.mark.usefixtures("no_page_errors")
+
+
+def row(page, text):
+    return page.get_by_role("log").locator("li.event").filter(has_text=text)
+
+
+class TestFeed:
+    def test_published_event(self, stack, publish, page, topic):
+        """
+        An event is seen where it is published, as text.
+        """
+        page.goto(f"{stack.url}/?topic={topic}")
+        expect(page.get_by_role("status").first).to_have_text("Open")
+
+        [id] = publish({"topics": [topic], "data": "<img src=x onerror=alert(1)> 😀"})
+
+        expect(row(page, "<img src=x onerror=alert(1)> 😀")).to_have_count(1)
+        expect(page.locator("#position")).to_have_text(id)
+        expect(page.get_by_role("log").locator("img")).to_have_count(0)
+
+    def test_default_topics(self, stack, publish, page):
+        """
+        Without a topic in its address the page follows `demo` and `logs`.
+        """
+        page.goto(f"{stack.url}/")
+        expect(page.get_by_role("status").first).to_have_text("Open")
+
+        publish({"topics": ["demo"], "data": "to demo"}, {"topics": ["logs"], "data": "to logs"})
+
+        expect(row(page, "to demo").first).to_be_visible()
+        expect(row(page, "to logs").first).to_be_visible()
+
+    def test_named_event(self, stack, publish, page, topic):
+        """
+        A name given in the form is listened to, and kept in the address.
+        """
+        page.goto(f"{stack.url}/?topic={topic}")
+        page.get_by_label("Also listen to names").fill("order.created")
+        page.get_by_role("button", name="Connect").click()
+        expect(page).to_have_url(re.compile("name=order.created"))
+        page.reload()
+        expect(page.get_by_role("status").first).to_have_text("Open")
+
+        publish({"topics": [topic], "event": "order.created", "data": "an order"})
+
+        expect(row(page, "an order")).to_contain_text("order.created")
+
+    @pytest.mark.parametrize("name", ["error", "open"])
+    def test_event_named_as_the_browsers_own(self, stack, publish, page, topic, name):
+        """
+        An event published as `error` or `open` is an event, not a failure.
+        """
+        page.goto(f"{stack.url}/?topic={topic}&name={name}")
+        expect(page.get_by_role("status").first).to_have_text("Open")
+
+        publish({"topics": [topic], "event": name, "data": "only a name"})
+
+        expect(row(page, "only a name")).to_have_count(1)
+        expect(page.get_by_role("status").first).to_have_text("Open")
+
+    def test_access_log_line(self, stack, publish, page, topic):
+        """
+        A line of nginx's access log is readable, and whole when unfolded.
+        """
+        line = {
+            "time": "2026-01-02T03:04:05+00:00",
+            "status": 502,
+            "method": "POST",
+            "uri": "/publish",
+            "request_time": 0.012,
+            "request_id": "5f0c",
+        }
+        page.goto(f"{stack.url}/?topic={topic}")
+        expect(page.get_by_role("status").first).to_have_text("Open")
+
+        publish({"topics": [topic], "data": json.dumps(line)})
+
+        summary = row(page, "502").locator("summary")
+        expect(summary).to_contain_text("502 POST /publish 12 ms")
+        summary.click()
+        expect(row(page, "502")).to_contain_text('"request_id": "5f0c"')
+
+    def test_pause_filter_and_limit(self, stack, publish, page, topic):
+        """
+        Paused rows wait, filtered ones hide, and old ones go.
+        """
+        page.goto(f"{stack.url}/?topic={topic}")
+        expect(page.get_by_role("status").first).to_have_text("Open")
+        page.get_by_role("button", name="Pause").click()
+
+        publish(*({"topics": [topic], "data": f"number {n:02}"} for n in range(20)))
+
+        expect(page.locator("#count")).to_contain_text("waiting while paused")
+        expect(row(page, "number")).to_have_count(0)
+        page.get_by_role("button", name="Continue").click()
+        expect(row(page, "number")).to_have_count(20)
+        page.get_by_label("Filter").fill("NUMBER 07")
+        expect(row(page, "number").locator("visible=true")).to_have_count(1)
+        page.get_by_label("Filter").fill("")
+        page.get_by_label("Rows kept").fill("5")
+        page.get_by_label("Rows kept").press("Enter")
+        expect(row(page, "number")).to_have_text([re.compile(f"number {n}$") for n in range(19, 14, -1)])
+
+    def test_killed_process(self, stack, publish, page, topic, app_of):
+        """
+        The page says that it reconnects, and shows every event once.
+        """
+        page.goto(f"{stack.url}/?topic={topic}")
+        expect(page.get_by_role("status").first).to_have_text("Open")
+        publish({"topics": [topic], "data": "number 0"})
+        expect(row(page, "number 0")).to_have_count(1)
+
+        app_of(page.locator("#process").inner_text()).kill()
+        publish({"topics": [topic], "data": "number 1"})
+
+        expect(page.get_by_role("log")).to_contain_text("Opened again", timeout=10_000)
+        publish({"topics": [topic], "data": "number 2"})
+        expect(row(page, "number")).to_have_text([re.compile(f"number {n}$") for n in (2, 1, 0)])
+
+
+class TestPublishForm:
+    def test_event(self, stack, page, topic):
+        """
+        What the form publishes arrives, also under a new name.
+        """
+        page.goto(f"{stack.url}/?topic={topic}")
+        expect(page.get_by_role("status").first).to_have_text("Open")
+
+        page.get_by_label("Topic", exact=True).fill(topic)
+        page.get_by_label("Event name").fill("greeting")
+        page.get_by_label("Data").fill("hello\nworld")
+        page.get_by_label("Data").press("Control+Enter")
+
+        expect(page.locator("#published")).to_contain_text("Published as ")
+        expect(row(page, "hello")).to_contain_text("greeting")
+
+    @pytest.mark.expects_page_errors
+    @pytest.mark.parametrize(
+        ("field", "value"),
+        [("Topic", "not a topic!"), ("Topic", ""), ("Event name", "stream.open")],
+    )
+    def test_refused(self, stack, page, topic, field, value):
+        """
+        A refusal shows rule, value and cure, and marks the field.
+        """
+        page.goto(f"{stack.url}/?topic={topic}")
+
+        with page.expect_response("**/publish") as answer:
+            page.get_by_label(field, exact=True).fill(value)
+            page.get_by_role("button", name="Publish").click()
+
+        problem = answer.value.json()
+        shown = page.get_by_role("alert")
+        expect(shown).to_contain_text(str(problem["status"]))
+        for part in ("name", "rule", "value", "cure"):
+            expect(shown).to_contain_text(str(problem[part]))
+        expect(page.get_by_label(field, exact=True)).to_have_attribute("aria-invalid", "true")
+
+
+class TestRefusedStream:
+    @pytest.mark.expects_page_errors
+    def test_topic(self, stack, page, topic):
+        """
+        The page says why the browser gave the stream up, and can start again.
+        """
+        page.goto(f"{stack.url}/?topic=not+a+topic!")
+
+        expect(page.get_by_role("status").first).to_have_text("Closed")
+        expect(page.get_by_role("alert")).to_contain_text("topic!")
+        page.get_by_label("Topics", exact=True).fill(topic)
+        page.get_by_role("button", name="Connect").click()
+        expect(page.get_by_role("status").first).to_have_text("Open")
+        expect(page.get_by_role("alert")).to_have_count(0)
+
+
+# Each element with text of its own whose contrast with its ground is under 4.5
+# (WCAG 2.2, 1.4.3), as [selector, contrast].
+PALE_TEXT = """() => {
+  const channels = (color) => color.match(/[\\d.]+/g).map(Number);
+  const luminance = (color) => {
+    const [r, g, b] = channels(color).map((v) => v / 255)
+      .map((v) => (v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4));
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const ground = (element) => {
+    for (; element; element = element.parentElement) {
+      const color = getComputedStyle(element).backgroundColor;
+      if ((channels(color)[3] ?? 1) === 1) return color;
+    }
+    return "rgb(255, 255, 255)";
+  };
+  const pale = [];
+  for (const element of document.querySelectorAll("body *")) {
+    const own = [...element.childNodes].some((n) => n.nodeType === 3 && n.data.trim());
+    if (!own || !element.checkVisibility()) continue;
+    const [a, b] = [luminance(getComputedStyle(element).color), luminance(ground(element))];
+    const contrast = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+    if (contrast < 4.5) pale.push([element.id || element.className || element.tagName, contrast]);
+  }
+  return pale;
+}"""
+
+
+class TestLayout:
+    @pytest.mark.parametrize("width", [360, 1280])
+    def test_nothing_is_wider_than_the_screen(self, stack, publish, page, topic, width):
+        """
+        No sideways scrolling, on a phone either.
+        """
+        page.set_viewport_size({"width": width, "height": 800})
+        page.goto(f"{stack.url}/?topic={topic}")
+        expect(page.get_by_role("status").first).to_have_text("Open")
+        publish({"topics": [topic], "event": "x" * 100, "data": ""}, {"topics": [topic], "data": "y" * 5000})
+
+        expect(row(page, "yyy")).to_have_count(1)
+        assert width == page.evaluate("document.documentElement.scrollWidth")
+
+    @pytest.mark.expects_page_errors
+    @pytest.mark.parametrize("colors", ["light", "dark"])
+    def test_contrast(self, stack, publish, page, topic, colors):
+        """
+        Text stands out from its ground, in both colour schemes.
+        """
+        page.emulate_media(color_scheme=colors)
+        page.goto(f"{stack.url}/?topic={topic}&name=order.created")
+        expect(page.get_by_role("status").first).to_have_text("Open")
+        lines = [{"status": status, "method": "GET", "uri": "/"} for status in (200, 304, 404, 502)]
+        publish(
+            *({"topics": [topic], "data": line} for line in lines),
+            {"topics": [topic], "event": "order.created", "data": ""},
+        )
+        page.get_by_label("Topic", exact=True).fill("not a topic!")
+        page.get_by_role("button", name="Publish").click()
+        expect(page.get_by_role("alert")).to_be_visible()
+        expect(row(page, "order.created")).to_have_count(1)
+
+        assert [] == page.evaluate(PALE_TEXT)
+
+    def test_keyboard_alone(self, stack, page, topic):
+        """
+        Every control is reached with the tab key.
+        """
+        page.goto(f"{stack.url}/?topic={topic}")
+        expect(page.get_by_role("status").first).to_have_text("Open")
+
+        reached = []
+        while True:
+            page.keyboard.press("Tab")
+            id = page.evaluate("document.activeElement.id || document.activeElement.textContent")
+            if id in reached or page.evaluate("document.activeElement === document.body"):
+                break
+            reached.append(id)
+
+        assert [
+            "topics", "names", "Connect", "pause", "clear", "filter", "rows", "announce", "feed",
+            "publish-topic", "publish-event", "publish-data", "Publish",
+        ] == reached  # fmt: skip
+
+
+class TestSecurity:
+    def test_policy(self, stack, page):
+        """
+        Nothing from elsewhere and nothing inline can run in the page.
+        """
+        answer = page.goto(f"{stack.url}/")
+
+        policy = answer.headers["content-security-policy"]
+        assert {"default-src 'none'", "script-src 'self'", "style-src 'self'"} <= {
+            rule.strip() for rule in policy.split(";")
+        }
