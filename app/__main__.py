@@ -1,0 +1,37 @@
+"""
+`python -m app` serves; `python -m app publish` and `listen` are its clients.
+"""
+
+import sys
+
+_HELP = """\
+usage: python -m app                    serve; settings come from SSE_… variables
+       python -m app publish --help     publish standard input, line by line
+       python -m app listen --help      follow a stream, resuming by itself
+"""
+
+
+def main(argv: list[str]) -> int:
+    if argv and argv[0] in ("publish", "listen"):
+        from app.command import main as command
+
+        return command(argv)
+    if argv and argv[0] in ("-h", "--help", "help"):
+        print(_HELP, end="")
+        return 0
+    if argv:
+        print(f"command must be publish, listen or none, got {argv[0]!r}.\n{_HELP}", end="", file=sys.stderr)
+        return 2
+    from app.server import run
+    from app.settings import SettingError, load
+
+    try:
+        settings = load()
+    except SettingError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return run(settings)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

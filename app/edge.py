@@ -1,0 +1,105 @@
+"""
+The door: what is decided about a request before Quart does any work for it.
+
+A process that drains or is full refuses new streams here, cheaply, so that a
+storm of them lengthens their own wait and nobody else's. A native EventSource
+gives up for ever on any answer but 200; what only means "later" reaches it as
+200 with `retry:` and a clean end, the soft fail.
+"""
+
+import re
+import secrets
+from collections.abc import Awaitable, Callable, MutableMapping
+from random import Random
+from typing import TYPE_CHECKING, Any
+
+import structlog
+
+from app.problem import Problem
+
+if TYPE_CHECKING:
+    from app.kit import Kit
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+Asgi = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+_REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
+_random = Random()
+
+
+class Edge:
+    """ASGI middleware in front of Quart."""
+
+    def __init__(self, app: Asgi, kit: "Kit") -> None:
+        self._app = app
+        self._kit = kit
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = dict(scope["headers"])
+        # nginx writes the same id into its own log.
+        given = headers.get(b"x-request-id", b"")
+        request_id = given.decode() if _REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
+        structlog.contextvars.clear_contextvars()
+        structlog.contextvars.bind_contextvars(request_id=request_id)
+        # The server's own `send`: Quart wraps it, and the hand-off needs it bare.
+        scope.setdefault("extensions", {})["sse.send"] = send
+        if scope["path"] == "/events" and scope["method"] == "GET":
+            problem = self._kit.refusal()
+            if problem is not None:
+                await self._refuse(problem, headers, send)
+                return
+        await self._app(scope, receive, send)
+
+    async def _refuse(self, problem: Problem, headers: dict[bytes, bytes], send: Send) -> None:
+        self._kit.tally.refused[problem.status] = self._kit.tally.refused.get(problem.status, 0) + 1
+        response = (
+            soft_fail(self._kit, problem)
+            if self._kit.settings.soft_fail and wants_soft_fail(headers)
+            else problem.response()
+        )
+        body = await response.get_data(as_text=False)
+        await send(
+            {
+                "type": "http.response.start",
+                "status": response.status_code,
+                "headers": [
+                    (name.lower().encode(), value.encode()) for name, value in response.headers.items()
+                ],
+            }
+        )
+        await send({"type": "http.response.body", "body": body, "more_body": False})
+
+
+def wants_soft_fail(headers: dict[bytes, bytes]) -> bool:
+    """
+    Tell whether a native EventSource asks, and nobody before us softens the answer.
+
+    It sends `Accept: text/event-stream` and cannot send `Authorization`. Our
+    nginx snippet says by `X-Sse-Soft-Fail` that it does the softening itself.
+    """
+    return (
+        headers.get(b"accept", b"").strip() == b"text/event-stream"
+        and b"authorization" not in headers
+        and b"x-sse-soft-fail" not in headers
+    )
+
+
+def soft_fail(kit: "Kit", problem: Problem) -> Any:
+    """Return the answer that a native EventSource understands as "later"."""
+    from quart import Response
+
+    kit.tally.soft_failed += 1
+    retry = _random.randint(2_000, 8_000) if problem.status == 429 else _random.randint(500, 2_000)
+    response = Response(
+        f"retry: {retry}\n: {problem.status}, come back later\n\n",
+        status=200,
+        content_type="text/event-stream; charset=utf-8",
+    )
+    response.headers["Cache-Control"] = "no-store"
+    response.headers["X-Sse-Fallback"] = str(problem.status)
+    return response

@@ -1,0 +1,470 @@
+"""
+Which streams want which topic, and every write to them. No sockets, no clock of its own.
+
+Order: entries are added to the window first, then flushed to the live streams.
+`settled` is the ordinal up to which every live stream has had what it is owed.
+A stream that catches up in the middle of a flush stands past the batch already,
+and is passed over. So nothing is sent twice, and nothing is left out.
+"""
+
+import json
+import math
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from random import Random
+
+from app.event import HEARTBEAT, Entry, Piece, encode
+from app.stream import BEHIND, ENDED, LIVE, Stream
+from app.window import Window
+
+# A stream that is behind is given this much at a time, so that one long replay
+# is neither a long hold of the loop nor much memory in front of a slow client.
+PIECE_BYTES = 65_536
+# Between two looks at the clock in a long loop.
+_STRIDE = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """The hub's times, in seconds."""
+
+    heartbeat: float
+    history: float
+    slow_consumer: float
+    max_age: float
+    slice: float = 0.005
+
+    @property
+    def tick(self) -> float:
+        """How finely deadlines are kept."""
+        return max(0.005, min(0.25, self.heartbeat / 8, self.slow_consumer / 4, self.max_age / 16))
+
+
+@dataclass(slots=True)
+class Counts:
+    """Figures since the start, read by the metrics."""
+
+    opened: int = 0
+    deliveries: int = 0
+    bytes: int = 0
+    replayed: int = 0
+    heartbeats: int = 0
+    positions: int = 0
+    resets: int = 0
+    flushes: int = 0
+
+
+class Hub:
+    """
+    All streams of this process.
+
+    `wake` is called when `pump` has something to do. `ended` is called with
+    each stream that has ended, once.
+    """
+
+    def __init__(
+        self,
+        window: Window,
+        pace: Pace,
+        clock: Callable[[], float],
+        random: Random,
+    ) -> None:
+        self.window = window
+        self.pace = pace
+        self.clock = clock
+        self.random = random
+        self.settled = window.end
+        self.counts = Counts()
+        self.streams: dict[str, Stream] = {}
+        self.wake: Callable[[], None] = lambda: None
+        self.ended: Callable[[Stream], None] = lambda stream: None
+        self._topics: dict[str, dict[Stream, None]] = {}
+        # Subscriptions that are prefixes, by length: one look-up per length in
+        # use tells who wants a topic.
+        self._prefixes: dict[int, dict[str, dict[Stream, None]]] = {}
+        self._behind: deque[Stream] = deque()
+        self._wheel: dict[int, dict[Stream, None]] = {}
+        self._tick = math.floor(clock() / pace.tick)
+        self._position: tuple[int, str, Piece] | None = None
+
+    def __len__(self) -> int:
+        return len(self.streams)
+
+    # --- a stream's life -----------------------------------------------------
+
+    def add(self, stream: Stream, preamble: bytes) -> None:
+        """
+        Begin *stream*, whose sink and cursor are set; *preamble* goes out first.
+
+        A stream whose cursor is the head is live at once, others replay.
+        """
+        now = self.clock()
+        stream.opened_at = stream.event_at = stream.beat_at = now
+        stream.end_at = now + self.pace.max_age * self.random.uniform(0.8, 1.0)
+        self.streams[stream.id] = stream
+        for topic in stream.topics:
+            self._line(topic).setdefault(stream)
+        self.counts.opened += 1
+        self._schedule(stream, now)
+        if stream.cursor == self.window.end:
+            stream.state = LIVE
+            self._write(stream, Piece(preamble))
+        else:
+            stream.pending = preamble
+            self._queue(stream)
+
+    def end(self, stream: Stream, reason: str, farewell: bytes = b"") -> None:
+        """End *stream* cleanly for *reason*; *farewell* is the last that it reads."""
+        if self._forget(stream, reason):
+            stream.sink.close(Piece(farewell) if farewell else None)
+            self._told(stream)
+
+    def cut(self, stream: Stream, reason: str) -> None:
+        """End *stream* by cutting its connection."""
+        if self._forget(stream, reason):
+            stream.sink.abort()
+            self._told(stream)
+
+    def gone(self, stream: Stream, reason: str = "client_gone") -> None:
+        """Take note that *stream*'s connection has ended by itself."""
+        if self._forget(stream, reason):
+            self._told(stream)
+
+    def writable(self, stream: Stream) -> None:
+        """Take note that *stream*'s connection has taken all that waited."""
+        if stream.state is ENDED or not stream.waiting:
+            return
+        stream.waiting = False
+        self._queue(stream)
+
+    # --- events --------------------------------------------------------------
+
+    def flush(self, entries: Sequence[Entry]) -> Iterator[None]:
+        """
+        Write *entries*, the window's newest, to the live streams that want them.
+
+        One write per stream with all that it is owed. Yields when a slice of
+        time is used up; go on with the iterator after other work had its turn.
+        """
+        end = self.window.end
+        clock = self.clock
+        until = clock() + self.pace.slice
+        count = 0
+        self.counts.flushes += 1
+        for piece, events, streams in self._plan(entries):
+            now = clock()
+            size = piece.size
+            for stream in streams:
+                if stream.state is LIVE and stream.cursor < end:
+                    stream.cursor = end
+                    stream.events += events
+                    stream.bytes += size
+                    stream.event_at = now
+                    if not stream.sink.write(piece):
+                        self._hold(stream)
+                    self.counts.deliveries += events
+                    self.counts.bytes += size
+                    count += 1
+                    if count % _STRIDE == 0 and clock() > until:
+                        yield
+                        now = clock()
+                        until = now + self.pace.slice
+        self.settled = end
+
+    def pump(self) -> bool:
+        """
+        Serve the streams that are behind, in turn, for one slice of time.
+
+        Returns:
+            Whether some are still to be served.
+        """
+        until = self.clock() + self.pace.slice
+        while self._behind:
+            stream = self._behind.popleft()
+            stream.queued = False
+            if stream.state is BEHIND and not stream.waiting:
+                self._serve(stream)
+            if self.clock() > until:
+                break
+        return bool(self._behind)
+
+    def reset(self, reason: str) -> None:
+        """
+        Tell all streams that history was lost; they go on from the window's end.
+
+        The client has to fetch its state again: what it missed is not known.
+        """
+        block = self._reset_block(reason)
+        self.counts.resets += len(self.streams)
+        self.settled = self.window.end
+        for stream in self.streams.values():
+            if stream.state is LIVE:
+                stream.state = BEHIND
+            stream.cursor = self.window.end
+            stream.pending += block
+            self._queue(stream)
+
+    def announce(self, block: bytes) -> None:
+        """Write *block*, which carries no id, to all streams."""
+        piece = Piece(block)
+        for stream in list(self.streams.values()):
+            if stream.state is LIVE:
+                self._write(stream, piece)
+            else:
+                stream.pending += block
+                self._queue(stream)
+
+    def reset_block(self, reason: str, **detail: object) -> bytes:
+        """Return the `stream.reset` of one stream that is about to be added."""
+        self.counts.resets += 1
+        return self._reset_block(reason, **detail)
+
+    # --- time ----------------------------------------------------------------
+
+    def tick(self) -> Iterator[None]:
+        """
+        Look at the streams that are due: heartbeat, position, age, progress.
+
+        Yields as `flush` does.
+        """
+        now = self.clock()
+        until = now + self.pace.slice
+        reached = math.floor(now / self.pace.tick)
+        while self._tick < reached:
+            self._tick += 1
+            for count, stream in enumerate(list(self._wheel.get(self._tick, ()))):
+                if stream.state is not ENDED and stream.due == self._tick:
+                    self._visit(stream, now)
+                if count % _STRIDE == 0 and self.clock() > until:
+                    yield
+                    now = self.clock()
+                    until = now + self.pace.slice
+            self._wheel.pop(self._tick, None)
+
+    def position(self, stream: Stream) -> int:
+        """Return the cursor of *stream*: everything before it has been written to it."""
+        if stream.state is LIVE:
+            return max(stream.cursor, self.settled)
+        return stream.cursor
+
+    # --- inside --------------------------------------------------------------
+
+    def _plan(self, entries: Sequence[Entry]) -> Iterator[tuple[Piece, int, Sequence[Stream]]]:
+        """Group *entries* so that streams owed the same share one piece."""
+        runs: list[tuple[tuple[str, ...], list[Entry]]] = []
+        for entry in entries:
+            if runs and runs[-1][0] == entry.topics:
+                runs[-1][1].append(entry)
+            elif entry.topics:
+                runs.append((entry.topics, [entry]))
+        if len(runs) == 1:
+            topics, members = runs[0]
+            if streams := self._wanted(topics):
+                yield _piece(members), len(members), streams
+            return
+        owed: dict[Stream, tuple[int, ...]] = {}
+        for number, (topics, _) in enumerate(runs):
+            alone = (number,)
+            for stream in self._wanted(topics):
+                before = owed.get(stream)
+                owed[stream] = alone if before is None else before + alone
+        shared: dict[tuple[int, ...], list[Stream]] = {}
+        for stream, numbers in owed.items():
+            shared.setdefault(numbers, []).append(stream)
+        for numbers, streams in shared.items():
+            members = [entry for number in numbers for entry in runs[number][1]]
+            yield _piece(members), len(members), streams
+
+    def _wanted(self, topics: tuple[str, ...]) -> Sequence[Stream]:
+        """Return the streams of *topics*, each once, as a list that may be iterated slowly."""
+        found: list[dict[Stream, None]] = []
+        for topic in topics:
+            line = self._topics.get(topic)
+            if line:
+                found.append(line)
+            for length, prefixes in self._prefixes.items():
+                line = prefixes.get(topic[:length])
+                if line and (length >= 5 or not topic.startswith("user:")):
+                    found.append(line)
+        if len(found) == 1:
+            return list(found[0])
+        return list({stream: None for line in found for stream in line})
+
+    def _serve(self, stream: Stream) -> None:
+        """Give one piece to a stream that is behind; it becomes live when it has all."""
+        if stream.cursor < self.window.first:
+            # What it is owed next is no longer kept: it was too slow.
+            self.cut(stream, "slow_consumer")
+            return
+        data, cursor, events, last = self.window.pull(
+            stream.topics, stream.cursor, PIECE_BYTES, stream.allowed
+        )
+        caught_up = cursor == self.window.end
+        if stream.pending:
+            data = stream.pending + data
+            stream.pending = b""
+        if caught_up and stream.cursor < cursor and last < cursor:
+            # Renew the id at once: the one it came with may be about to leave the window.
+            data += self._position_piece(cursor).raw
+        stream.cursor = cursor
+        stream.events += events
+        stream.replayed += events
+        self.counts.deliveries += events
+        self.counts.replayed += events
+        if data:
+            stream.event_at = self.clock()
+            if caught_up:
+                stream.state = LIVE
+            self._write(stream, Piece(data))
+            if stream.state is BEHIND and not stream.waiting:
+                self._queue(stream)
+        elif caught_up:
+            stream.state = LIVE
+        else:
+            self._queue(stream)
+
+    def _write(self, stream: Stream, piece: Piece) -> None:
+        stream.bytes += piece.size
+        self.counts.bytes += piece.size
+        if not stream.sink.write(piece):
+            self._hold(stream)
+
+    def _hold(self, stream: Stream) -> None:
+        """Stop writing to *stream* until its connection has room; it is behind from here."""
+        if stream.state is ENDED:
+            return
+        if stream.state is LIVE:
+            stream.cursor = max(stream.cursor, self.settled)
+            stream.state = BEHIND
+        stream.waiting = True
+        stream.blocked_at = self.clock()
+        stream.unsent = stream.sink.unsent()
+        self._schedule(stream, stream.blocked_at)
+
+    def _queue(self, stream: Stream) -> None:
+        if not stream.queued and not stream.waiting:
+            stream.queued = True
+            if not self._behind:
+                self.wake()
+            self._behind.append(stream)
+
+    def _visit(self, stream: Stream, now: float) -> None:
+        pace = self.pace
+        if now >= stream.end_at:
+            self.end(stream, "max_age", self.farewell())
+            return
+        if stream.waiting:
+            unsent = stream.sink.unsent()
+            if unsent < stream.unsent:
+                stream.unsent = unsent
+                stream.blocked_at = now
+            elif now - stream.blocked_at >= pace.slow_consumer:
+                self.cut(stream, "slow_consumer")
+                return
+        elif stream.state is LIVE and now - max(stream.event_at, stream.beat_at) >= pace.heartbeat / 2:
+            position = self.position(stream)
+            # In the middle of a flush the window may have let go of what this
+            # stream is about to be given: no id can say where it stands.
+            if now - stream.event_at >= pace.history / 6 and position >= self.window.first:
+                stream.event_at = now
+                self.counts.positions += 1
+                self._write(stream, self._position_piece(position))
+            else:
+                stream.beat_at = now
+                self.counts.heartbeats += 1
+                self._write(stream, HEARTBEAT)
+        self._schedule(stream, now)
+
+    def _schedule(self, stream: Stream, now: float) -> None:
+        """Put *stream* on the wheel at its next deadline."""
+        if stream.state is ENDED:
+            return
+        pace = self.pace
+        if stream.waiting:
+            at = now + pace.slow_consumer / 4
+        else:
+            # Drawn anew each time: one event to all streams must not line up
+            # all their heartbeats for ever.
+            at = max(stream.event_at, stream.beat_at) + pace.heartbeat * self.random.uniform(0.7, 0.95)
+        at = min(at, stream.end_at)
+        due = max(math.ceil(at / pace.tick), self._tick + 1)
+        if due != stream.due:
+            slot = self._wheel.get(stream.due)
+            if slot is not None:
+                slot.pop(stream, None)
+        stream.due = due
+        slot = self._wheel.get(due)
+        if slot is None:
+            slot = self._wheel[due] = {}
+        slot[stream] = None
+
+    def farewell(self, low_ms: int = 0, high_ms: int = 250) -> bytes:
+        """Return a block that asks the client to come back within a jittered time."""
+        return b"retry: %d\n\n" % self.random.randint(low_ms, high_ms)
+
+    def _position_piece(self, cursor: int) -> Piece:
+        """Return `stream.position` of *cursor*, shared by all streams that stand there."""
+        id = self.window.id_at(cursor)
+        known = self._position
+        if known is None or known[0] != cursor or known[1] != id:
+            known = (cursor, id, Piece(encode(id=id, event="stream.position")))
+            self._position = known
+        return known[2]
+
+    def _reset_block(self, reason: str, **detail: object) -> bytes:
+        return encode(
+            id=self.window.id_at(self.window.end),
+            event="stream.reset",
+            data=json.dumps({"reason": reason, **detail}),
+        )
+
+    def _line(self, topic: str) -> dict[Stream, None]:
+        if topic.endswith("*"):
+            prefix = topic[:-1]
+            return self._prefixes.setdefault(len(prefix), {}).setdefault(prefix, {})
+        line = self._topics.get(topic)
+        if line is None:
+            line = self._topics[topic] = {}
+        return line
+
+    def _forget(self, stream: Stream, reason: str) -> bool:
+        """Take *stream* out of everything; False if it had ended before."""
+        if stream.state is ENDED:
+            return False
+        stream.state = ENDED
+        stream.reason = reason
+        self.streams.pop(stream.id, None)
+        for topic in stream.topics:
+            line = self._line(topic)
+            line.pop(stream, None)
+            if not line:
+                self._drop_line(topic)
+        slot = self._wheel.get(stream.due)
+        if slot is not None:
+            slot.pop(stream, None)
+            if not slot:
+                del self._wheel[stream.due]
+        return True
+
+    def _drop_line(self, topic: str) -> None:
+        if not topic.endswith("*"):
+            self._topics.pop(topic, None)
+            return
+        prefix = topic[:-1]
+        prefixes = self._prefixes.get(len(prefix))
+        if prefixes is not None:
+            prefixes.pop(prefix, None)
+            if not prefixes:
+                del self._prefixes[len(prefix)]
+
+    def _told(self, stream: Stream) -> None:
+        if stream.on_end is not None:
+            stream.on_end(stream)
+        self.ended(stream)
+
+
+def _piece(entries: Sequence[Entry]) -> Piece:
+    if len(entries) == 1:
+        return Piece(entries[0].block)
+    return Piece(b"".join([entry.block for entry in entries]))

@@ -1,0 +1,93 @@
+"""
+What this process writes about itself: structlog, to standard error.
+
+JSON lines in production, readable on a terminal. One line when a stream opens
+and one when it ends; never one per event.
+"""
+
+import hashlib
+import hmac
+import logging
+import secrets
+import sys
+from typing import Any
+
+import orjson
+import structlog
+
+from app.settings import Settings
+
+_LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}
+
+
+def configure(settings: Settings) -> None:
+    """Set up structlog and the standard library's logging for this process."""
+    as_json = settings.log_format == "json" or (
+        settings.log_format == "auto" and not sys.stderr.isatty()
+    )
+    shared: list[structlog.typing.Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+    ]
+    if settings.log_hash_users:
+        shared.append(_HashUsers())
+    level = _LEVELS[settings.log_level]
+    if as_json:
+        structlog.configure(
+            processors=[
+                *shared,
+                structlog.processors.dict_tracebacks,
+                structlog.processors.JSONRenderer(serializer=_json),
+            ],
+            wrapper_class=structlog.make_filtering_bound_logger(level),
+            logger_factory=structlog.BytesLoggerFactory(sys.stderr.buffer),
+            cache_logger_on_first_use=True,
+        )
+    else:
+        structlog.configure(
+            processors=[*shared, structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())],
+            wrapper_class=structlog.make_filtering_bound_logger(level),
+            logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+            cache_logger_on_first_use=True,
+        )
+    # Libraries write through the standard library: give their lines the same form.
+    logging.basicConfig(level=logging.WARNING, handlers=[_ThroughStructlog()], force=True)
+
+
+def _json(line: Any, **options: Any) -> bytes:
+    return orjson.dumps(line, default=options.get("default"))
+
+
+class _ThroughStructlog(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        event: dict[str, Any] = {"logger": record.name}
+        if record.exc_info:
+            event["exc_info"] = record.exc_info
+        structlog.get_logger().log(
+            max(record.levelno, logging.WARNING), record.getMessage(), **event
+        )
+
+
+class _HashUsers:
+    """
+    Replace user ids by a hash, the same for one user as long as the process lives.
+
+    Keyed, because a plain hash of a short id is guessed in no time.
+    """
+
+    def __init__(self) -> None:
+        self._key = secrets.token_bytes(16)
+
+    def __call__(self, logger: Any, method: str, event: Any) -> Any:
+        if event.get("user"):
+            event["user"] = self._hash(event["user"])
+        if event.get("topics"):
+            event["topics"] = [
+                "user:" + self._hash(topic[5:]) if topic.startswith("user:") else topic
+                for topic in event["topics"]
+            ]
+        return event
+
+    def _hash(self, text: str) -> str:
+        return hmac.new(self._key, text.encode(), hashlib.sha256).hexdigest()[:12]

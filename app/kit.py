@@ -1,0 +1,163 @@
+"""
+The parts of one process, wired together once.
+"""
+
+import asyncio
+import secrets
+import time
+from random import Random
+
+import structlog
+
+from app.hub import Hub, Pace
+from app.log import Log
+from app.memory_log import MemoryLog
+from app.metrics import Metrics, Tally
+from app.problem import Problem
+from app.pulse import Pulse
+from app.reader import Reader
+from app.redis_log import RedisLog
+from app.settings import Settings
+from app.stream import Stream
+from app.window import Window
+
+
+class Kit:
+    """
+    Log, reader, window, hub and their tasks.
+
+    Attributes:
+        process: names this process in `stream.open`, in logs and in leases.
+        draining: no new streams; the open ones are being ended.
+        failed: set when a task of the kit ended that must never end.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.process = secrets.token_hex(3)
+        self.draining = False
+        self.tally = Tally()
+        self.logger: structlog.typing.FilteringBoundLogger = structlog.get_logger()
+        self.log: Log = _log(settings)
+        self.window = Window(settings.window_max_bytes)
+        self.hub = Hub(
+            self.window,
+            Pace(
+                heartbeat=settings.heartbeat_seconds,
+                history=settings.history_seconds,
+                slow_consumer=settings.slow_consumer_seconds,
+                max_age=settings.max_age_seconds,
+            ),
+            time.monotonic,
+            Random(),
+        )
+        self.hub.ended = self._ended
+        self.reader = Reader(
+            self.log,
+            self.window,
+            self.hub,
+            check_seconds=min(1.0, settings.history_seconds / 4),
+        )
+        self.pulse = Pulse(self.hub)
+        self.metrics = Metrics(self.tally, self.hub, self.window, self.reader, self.pulse)
+        self.failed = asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._streams = 0
+
+    def start(self) -> None:
+        """Start following the log; call it in the event loop that serves."""
+        for name, work in (("reader", self.reader.run()), ("pulse", self.pulse.run())):
+            task = asyncio.get_running_loop().create_task(work, name=name)
+            task.add_done_callback(self._task_ended)
+            self._tasks.append(task)
+
+    async def stop(self) -> None:
+        """Stop following the log, and let go of it. The streams have ended before."""
+        for stream in list(self.hub.streams.values()):
+            self.hub.cut(stream, "draining")
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.log.close()
+        self.metrics.close()
+
+    def next_stream_id(self) -> str:
+        """Return an id that no other stream of any process has."""
+        self._streams += 1
+        return f"{self.process}-{self._streams}"
+
+    def refusal(self) -> Problem | None:
+        """Return why no new stream can be opened now, or None."""
+        if self.draining:
+            return Problem(
+                503, "draining", "process", "is shutting down", self.process,
+                "Connect again; another process answers.", {"Retry-After": "0"},
+            )
+        if not self.reader.loaded:
+            return Problem(
+                503, "loading", "process", "has not loaded the log yet", self.process,
+                "Connect again in a second.", {"Retry-After": "1"},
+            )
+        if len(self.hub) >= self.settings.max_streams:
+            return Problem(
+                429, "process-full", "streams of this process",
+                f"must be at most SSE_MAX_STREAMS ({self.settings.max_streams})", len(self.hub),
+                "Connect again later, or run more processes.", {"Retry-After": "5"},
+            )
+        return None
+
+    async def unready(self) -> str | None:
+        """
+        Return why this process should get no requests, or None.
+
+        Only what is local counts: a Redis that is away for all must not make
+        every process unready at once.
+        """
+        if self.draining:
+            return "draining"
+        if not self.reader.loaded:
+            return "loading the log" if self.reader.connected else "waiting for the log"
+        silent = time.monotonic() - self.reader.progress_at
+        if silent > 4 * self.settings.redis_timeout_seconds + 2 and await self.log.ping():
+            return f"reader stuck for {silent:.0f} s while the log answers others"
+        return None
+
+    def _task_ended(self, task: "asyncio.Task[None]") -> None:
+        if not task.cancelled():
+            self.logger.critical(
+                "task_failed", task=task.get_name(), exc_info=task.exception(), cure="The process ends; start it again."
+            )
+            self.failed.set()
+
+    def _ended(self, stream: Stream) -> None:
+        self.tally.ended[stream.reason] += 1
+        self.logger.info(
+            "stream_ended",
+            stream=stream.id,
+            user=stream.user,
+            reason=stream.reason,
+            seconds=round(time.monotonic() - stream.opened_at, 3),
+            events=stream.events,
+            bytes=stream.bytes,
+            replayed=stream.replayed,
+        )
+
+
+def _log(settings: Settings) -> Log:
+    if settings.redis_url:
+        return RedisLog(
+            settings.redis_url,
+            prefix=settings.key_prefix,
+            history_seconds=settings.history_seconds,
+            max_events=settings.log_max_events,
+            timeout_seconds=settings.redis_timeout_seconds,
+            publish_timeout_seconds=settings.publish_timeout_seconds,
+            idempotency_seconds=settings.idempotency_seconds,
+            max_topics=settings.max_topics,
+            max_event_bytes=settings.max_event_bytes,
+        )
+    return MemoryLog(
+        history_seconds=settings.history_seconds,
+        max_events=settings.log_max_events,
+        idempotency_seconds=settings.idempotency_seconds,
+    )

@@ -1,0 +1,198 @@
+"""
+The log: every event in one order, for all processes. Its interface and its words.
+
+Two backends stand behind it: `redis_log` (several processes) and `memory_log`
+(one process, for development and tests). Only they know what is in a position:
+elsewhere a position is opaque and has an order.
+"""
+
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from app.event import (
+    Draft,
+    Entry,
+    EventError,
+    check_name,
+    check_retry,
+    check_topic,
+)
+
+FORMAT = "1"
+
+
+class Position(NamedTuple):
+    """A place in the log. Compare it; never look inside outside of the log."""
+
+    ms: int
+    seq: int
+
+
+ORIGIN = Position(0, 0)
+
+_ID = re.compile(r"([a-z0-9]{1,16}):([0-9]{1,16})-([0-9]{1,19})")
+
+
+class LogUnavailable(Exception):
+    """The log did not answer, or refused for a reason that passes: try again later."""
+
+
+class IdempotencyConflict(Exception):
+    """An `Idempotency-Key` was used again with another body."""
+
+
+@dataclass(frozen=True, slots=True)
+class LogState:
+    """
+    What the log says about itself, all at one instant.
+
+    Attributes:
+        epoch: names this history of the log; None where it has none (any more).
+        first: the oldest entry's position, None when the log is empty.
+        last: the newest position ever given in this history.
+        added: entries ever added.
+        length: entries now kept.
+        has_cursor: whether the entry that was asked for is still there.
+        now_ms: the log's own clock.
+    """
+
+    epoch: str | None
+    first: Position | None
+    last: Position
+    added: int
+    length: int
+    has_cursor: bool
+    now_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Drafts that are published together: all or none, in one order."""
+
+    drafts: tuple[Draft, ...]
+    key: str
+    fingerprint: str
+
+    @classmethod
+    def of(cls, drafts: Sequence[Draft], key: str) -> "Batch":
+        digest = hashlib.sha256()
+        for draft in drafts:
+            digest.update(repr(draft).encode("utf-8", "surrogatepass"))
+        return cls(tuple(drafts), key, digest.hexdigest()[:32])
+
+
+class Log(Protocol):
+    """One log. Every method raises LogUnavailable when it cannot be reached."""
+
+    async def open(self) -> None:
+        """Connect, give the log an epoch if it has none, and check its configuration."""
+
+    async def publish(self, batch: Batch) -> list[str]:
+        """
+        Append *batch* and return the ids, or those of its first publication.
+
+        Raises:
+            IdempotencyConflict: the key came before with other events.
+        """
+
+    async def state(self, cursor: Position) -> LogState:
+        """Return the log's state; `has_cursor` is about the entry at *cursor*."""
+
+    async def read(
+        self, epoch: str, after: Position, count: int, block_seconds: float
+    ) -> list[Entry]:
+        """Return up to *count* entries after *after*; wait up to *block_seconds* for one."""
+
+    async def renew_epoch(self, expected: str | None) -> str:
+        """Replace the epoch if it still is *expected*; return the one that now holds."""
+
+    async def has(self, position: Position) -> bool:
+        """Tell whether the log has an entry at *position*, or ever went past it."""
+
+    async def trim(self) -> None:
+        """Drop what is older than the history, by the log's own clock, then by length."""
+
+    async def ping(self) -> bool:
+        """Tell whether the log answers somebody else than the reader."""
+
+    async def close(self) -> None:
+        """Let go of all connections."""
+
+
+def write_id(epoch: str, position: Position) -> str:
+    """Return the event id of *position*: short, plain ASCII, opaque to clients."""
+    return f"{epoch}:{position.ms}-{position.seq}"
+
+
+def read_id(id: str) -> tuple[str, Position] | None:
+    """Return epoch and position of an id, None where it never was one of ours."""
+    match = _ID.fullmatch(id)
+    if match is None:
+        return None
+    return match[1], Position(int(match[2]), int(match[3]))
+
+
+def made_ms(position: Position) -> int:
+    """Return when the entry at *position* was made, in ms of the log's clock."""
+    return position.ms
+
+
+def to_fields(draft: Draft) -> list[str]:
+    """
+    Return *draft* as the log's documented fields, which any service may write.
+
+    ``v 1 topics "a b" event NAME data TEXT retry MS``; event and retry are optional.
+    """
+    fields = ["v", FORMAT, "topics", " ".join(draft.topics)]
+    if draft.event:
+        fields += ["event", draft.event]
+    fields += ["data", draft.data]
+    if draft.retry is not None:
+        fields += ["retry", str(draft.retry)]
+    return fields
+
+
+def from_fields(
+    epoch: str,
+    position: Position,
+    fields: dict[bytes, bytes],
+    max_topics: int,
+    max_event_bytes: int,
+) -> Entry:
+    """
+    Return the entry of *fields*.
+
+    Fields written by other services are checked as if they came by HTTP. A
+    broken entry has no topics, and says in `data` what is wrong: it reaches
+    nobody and keeps its place, so that positions and counts stay true.
+    """
+    id = write_id(epoch, position)
+    try:
+        version = fields.get(b"v")
+        if version != FORMAT.encode():
+            raise EventError("v", "must be 1", version, "This kit writes version 1.")
+        unknown = fields.keys() - {b"v", b"topics", b"event", b"data", b"retry"}
+        if unknown:
+            raise EventError(
+                "field", "must be one of v, topics, event, data, retry", sorted(unknown)[0], "Leave it out."
+            )
+        topics = tuple(dict.fromkeys(fields.get(b"topics", b"").decode().split(" ")))
+        for topic in topics:
+            check_topic(topic)
+        if len(topics) > max_topics:
+            raise EventError("topics", f"must be at most {max_topics}", len(topics), "Publish to fewer.")
+        raw = fields.get(b"data")
+        if raw is None:
+            raise EventError("data", "must be there", None, "Write an empty one for an event without data.")
+        if len(raw) > max_event_bytes:
+            raise EventError("data", f"must have at most {max_event_bytes} bytes", len(raw), "Send a link to it instead.")
+        event = check_name(fields.get(b"event", b"").decode())
+        retry = fields.get(b"retry")
+        return Entry(
+            position, id, topics, raw.decode(), event, None if retry is None else check_retry(int(retry))
+        )
+    except ValueError as error:  # EventError and UnicodeDecodeError are ones
+        return Entry(position, id, (), str(error))

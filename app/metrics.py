@@ -1,0 +1,122 @@
+"""
+Every metric: its name and one line of help. Served on a port of its own.
+
+The hot path counts in plain integers; they are read when somebody asks.
+https://prometheus.io/docs/practices/naming/
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from threading import Thread
+from typing import Protocol
+from wsgiref.simple_server import WSGIServer
+
+from prometheus_client import CollectorRegistry, PlatformCollector, ProcessCollector, start_http_server
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+from app.hub import Hub
+from app.reader import Reader
+from app.stream import REASONS
+from app.window import Window
+
+
+@dataclass(slots=True)
+class Tally:
+    """What happened at the edge and to streams, since the start."""
+
+    ended: dict[str, int] = field(default_factory=lambda: dict.fromkeys(REASONS, 0))
+    published: int = 0
+    refused: dict[int, int] = field(default_factory=dict)
+    soft_failed: int = 0
+    handed_off: int = 0
+    resumed: int = 0
+
+
+class _Lag(Protocol):
+    longest_hold_seconds: float
+
+
+class Metrics:
+    """Reads the parts of one process when Prometheus asks."""
+
+    def __init__(
+        self, tally: Tally, hub: Hub, window: Window, reader: Reader, pulse: _Lag
+    ) -> None:
+        self._tally = tally
+        self._hub = hub
+        self._window = window
+        self._reader = reader
+        self._pulse = pulse
+        self.registry = CollectorRegistry()
+        self.registry.register(self)  # type: ignore[arg-type]
+        ProcessCollector(registry=self.registry)
+        PlatformCollector(registry=self.registry)
+        self._server: tuple[WSGIServer, Thread] | None = None
+
+    def serve(self, host: str, port: int) -> None:
+        """Serve `/metrics` from a thread of its own. Raises OSError if the port is taken."""
+        self._server = start_http_server(port, host, self.registry)
+
+    def close(self) -> None:
+        """Stop serving."""
+        if self._server is not None:
+            server, thread = self._server
+            server.shutdown()
+            server.server_close()
+            thread.join()
+            self._server = None
+
+    def collect(self) -> Iterator[Metric]:
+        hub, window, reader, tally = self._hub, self._window, self._reader, self._tally
+        counts = hub.counts
+        yield _gauge("sse_streams_open", "Streams open now.", len(hub))
+        yield _counter("sse_streams_opened", "Streams opened.", counts.opened)
+        yield _labelled("sse_streams_ended", "Streams ended, by reason.", "reason", tally.ended.items())
+        yield _counter("sse_streams_resumed", "Streams opened with a position.", tally.resumed)
+        yield _counter("sse_streams_handed_off", "Streams on a taken-over connection.", tally.handed_off)
+        yield _counter("sse_deliveries", "Events written to streams.", counts.deliveries)
+        yield _counter("sse_delivered_bytes", "Bytes written to streams.", counts.bytes)
+        yield _counter("sse_replayed", "Events written to streams that were behind.", counts.replayed)
+        yield _counter("sse_heartbeats", "Heartbeats written.", counts.heartbeats)
+        yield _counter("sse_positions", "Events stream.position written.", counts.positions)
+        yield _counter("sse_resets", "Events stream.reset written.", counts.resets)
+        yield _counter("sse_published", "Events accepted by POST /publish.", tally.published)
+        yield _labelled(
+            "sse_requests_refused",
+            "Requests refused, by status.",
+            "status",
+            [(str(status), count) for status, count in list(tally.refused.items())],
+        )
+        yield _counter("sse_soft_failed", "Refused opens answered 200 with retry.", tally.soft_failed)
+        yield _counter("sse_log_entries", "Entries read from the log.", reader.entries)
+        yield _counter("sse_log_entries_broken", "Entries of the log that could not be understood.", reader.broken)
+        yield _counter("sse_log_gap", "Losses of history noticed and announced.", reader.gaps)
+        yield _counter("sse_log_errors", "Times that the log was away.", reader.errors)
+        yield _gauge("sse_log_connected", "1 if the reader reaches the log.", int(reader.connected))
+        yield _gauge("sse_window_events", "Events in the window.", len(window))
+        yield _gauge("sse_window_bytes", "Estimated memory of the window.", window.bytes)
+        yield _gauge(
+            "sse_window_seconds",
+            "How far back the window reaches: the promise of SSE_HISTORY_SECONDS as it stands.",
+            reader.window_seconds(),
+        )
+        yield _gauge(
+            "sse_loop_longest_hold_seconds",
+            "Longest delay of the event loop since the start.",
+            self._pulse.longest_hold_seconds,
+        )
+
+
+def _gauge(name: str, about: str, value: float) -> Metric:
+    return GaugeMetricFamily(name, about, value=value)
+
+
+def _counter(name: str, about: str, value: float) -> Metric:
+    return CounterMetricFamily(name, about, value=value)
+
+
+def _labelled(name: str, about: str, label: str, rows: Iterable[tuple[str, float]]) -> Metric:
+    family = CounterMetricFamily(name, about, labels=[label])
+    for key, value in rows:
+        family.add_metric([key], value)
+    return family

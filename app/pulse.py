@@ -1,0 +1,48 @@
+"""
+Run the hub on the event loop: its ticks, and the streams that are behind.
+
+The hub itself has no loop and no clock of its own, so that a simulation can
+drive it. Here are the only timers: one for all streams.
+"""
+
+import asyncio
+
+from app.hub import Hub
+
+
+class Pulse:
+    """
+    Attributes:
+        longest_hold_seconds: longest that a tick came late, since the start:
+            how long the event loop was held by something else.
+    """
+
+    def __init__(self, hub: Hub) -> None:
+        self.longest_hold_seconds = 0.0
+        self._hub = hub
+        self._pumping = False
+        hub.wake = self._wake
+
+    async def run(self) -> None:
+        """Beat for ever."""
+        interval = self._hub.pace.tick
+        clock = asyncio.get_running_loop().time
+        while True:
+            expected = clock() + interval
+            await asyncio.sleep(interval)
+            late = clock() - expected
+            if late > self.longest_hold_seconds:
+                self.longest_hold_seconds = late
+            for _ in self._hub.tick():
+                await asyncio.sleep(0)
+
+    def _wake(self) -> None:
+        if not self._pumping:
+            self._pumping = True
+            asyncio.get_running_loop().call_soon(self._pump)
+
+    def _pump(self) -> None:
+        # One slice, then everybody else has a turn: replays share this budget.
+        self._pumping = self._hub.pump()
+        if self._pumping:
+            asyncio.get_running_loop().call_soon(self._pump)

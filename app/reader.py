@@ -1,0 +1,338 @@
+"""
+Follow the log into the window and the hub, and notice every loss on the way.
+
+One task per process. `XREAD` alone misses losses silently: entries trimmed past
+the cursor, FLUSHALL, a promoted replica that lost the tail or whose clock is
+behind. So before reading on after every (re)connect, and every second, the
+reader compares what the log says about itself with what it has read.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from random import Random
+
+import structlog
+
+from app.event import Entry
+from app.hub import Hub
+from app.log import (
+    ORIGIN,
+    Log,
+    LogState,
+    LogUnavailable,
+    Position,
+    made_ms,
+    read_id,
+    write_id,
+)
+from app.window import AHEAD, LOST, Window
+
+# Under load at most one read and one flush in this time: reading one entry at a
+# time costs fifty times the CPU of reading a hundred together.
+_BATCH_SECONDS = 0.005
+# A reply should stay near this size: larger ones hold the loop.
+_REPLY_BYTES = 1_000_000
+_MAX_COUNT = 1_000
+# An id this far ahead of the log's clock means that the clock went back.
+_AHEAD_MS = 60_000
+
+
+@dataclass(slots=True)
+class Checked:
+    """What the reader has read of the log so far."""
+
+    epoch: str = ""
+    cursor: Position = ORIGIN
+    # entries-added of the log when `cursor` was its newest entry.
+    ordinal: int = 0
+
+
+def loss(read: Checked, state: LogState) -> str | None:
+    """
+    Return why *state* proves that entries after *read* cannot be had, or None.
+
+    The word is the `reason` of the `stream.reset` that follows.
+    """
+    if state.epoch != read.epoch:
+        return "epoch_changed"
+    if state.last < read.cursor:
+        return "log_went_back"
+    if state.added - state.length > read.ordinal:
+        return "trimmed"
+    if state.last == read.cursor:
+        return None if state.added == read.ordinal else "log_replaced"
+    if state.added <= read.ordinal:
+        return "log_replaced"
+    # Still kept entries before the cursor, but not the one at it: this is
+    # another log that went on from an earlier place.
+    if state.first is not None and state.first <= read.cursor and not state.has_cursor:
+        return "log_replaced"
+    return None
+
+
+class Reader:
+    """
+    The one task that reads the log in this process.
+
+    Attributes:
+        loaded: the window holds the retained log; never false again.
+        connected: the last step reached the log.
+        gaps: losses that were noticed and announced.
+        broken: entries that could not be understood.
+    """
+
+    def __init__(
+        self,
+        log: Log,
+        window: Window,
+        hub: Hub,
+        *,
+        check_seconds: float = 1.0,
+        clock: Callable[[], float] = time.monotonic,
+        random: Random | None = None,
+        logger: structlog.typing.FilteringBoundLogger | None = None,
+    ) -> None:
+        self.loaded = False
+        self.connected = False
+        self.gaps = 0
+        self.broken = 0
+        self.entries = 0
+        self.errors = 0
+        self.progress_at = clock()
+        self._log = log
+        self._window = window
+        self._hub = hub
+        self._check_seconds = check_seconds
+        self._clock = clock
+        self._random = random or Random()
+        self._logger = logger or structlog.get_logger()
+        self._read = Checked()
+        self._count = 100
+        self._clock_ms = (0, 0.0)
+        self._check_at = 0.0
+        self._read_at = 0.0
+        self._moved = asyncio.Event()
+        self._asked: list[asyncio.Future[None]] = []
+
+    async def run(self) -> None:
+        """Read for ever; waits out a log that is away, with the streams left open."""
+        delay = 0.05
+        while True:
+            try:
+                await self._log.open()
+                await self._check()
+                if not self.connected:
+                    self.connected = True
+                    self._logger.info("log_connected", window_events=len(self._window))
+                delay = 0.05
+                while True:
+                    await self.step()
+            except LogUnavailable as error:
+                self.errors += 1
+                if self.connected or delay == 0.05:
+                    self._logger.warning(
+                        "log_unavailable", error=str(error), streams=len(self._hub), ready=self.loaded
+                    )
+                self.connected = False
+                self.progress_at = self._clock()
+                self._answer(error)
+                await asyncio.sleep(delay * self._random.uniform(0.5, 1.0))
+                delay = min(delay * 2, 1.0)
+
+    async def step(self) -> None:
+        """Check the log if that is due, else read once and flush what came."""
+        now = self._clock()
+        if now >= self._check_at or self._asked:
+            await self._check()
+        else:
+            await self._pass_on(self._check_at - now)
+        self.progress_at = self._clock()
+
+    async def located(self, id: str, wait_seconds: float = 2.0) -> int | str:
+        """
+        Return the cursor of a client's position, or the reason why there is none.
+
+        A position that another process has read further to is waited for;
+        after *wait_seconds* the log itself is asked, again and again while it
+        has the entry.
+
+        Raises:
+            LogUnavailable: it could not be told whether the position is valid.
+        """
+        parsed = read_id(id)
+        if parsed is None:
+            return "unknown_position"
+        epoch, position = parsed
+        if epoch != self._window.epoch:
+            # Another process may have seen the change first.
+            await self.check_now()
+            if epoch != self._window.epoch:
+                return "epoch_changed"
+        for attempt in range(5):
+            cursor = self._window.locate(position)
+            if cursor == LOST:
+                return "history_lost"
+            if cursor != AHEAD:
+                return cursor
+            if attempt and not await self._log.has(position):
+                return "unknown_position"
+            await self._reached(position, wait_seconds)
+            if epoch != self._window.epoch:
+                return "epoch_changed"
+        raise LogUnavailable("the reader did not reach the position in time")
+
+    def window_seconds(self) -> float:
+        """Return how far back the window reaches, in seconds of the log's clock."""
+        oldest = self._window.oldest()
+        if oldest is None or not self.loaded:
+            return 0.0
+        return max(0.0, self._now_ms() - made_ms(oldest.position)) / 1000
+
+    async def check_now(self) -> None:
+        """Have the log checked at once; callers at the same time share one check."""
+        asked: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._asked.append(asked)
+        try:
+            await asyncio.wait_for(asked, 2 * self._check_seconds + 2)
+        except TimeoutError:
+            raise LogUnavailable("the log did not answer a check in time") from None
+
+    # --- inside --------------------------------------------------------------
+
+    async def _pass_on(self, block_seconds: float) -> None:
+        pause = self._read_at + _BATCH_SECONDS - self._clock()
+        if pause > 0:
+            await asyncio.sleep(pause)
+        entries = await self._log.read(
+            self._read.epoch, self._read.cursor, self._count, max(0.001, block_seconds)
+        )
+        if not entries:
+            return
+        self._read_at = self._clock()
+        self._read.cursor = entries[-1].position  # type: ignore[assignment]
+        self._read.ordinal += len(entries)
+        self._adapt(entries)
+        for entry in entries:
+            self._window.append(entry)
+        self._note(entries)
+        self.entries += len(entries)
+        await finish(self._hub.flush(entries))
+        self._moved.set()
+
+    async def _check(self) -> None:
+        await self._log.trim()
+        state = await self._log.state(self._read.cursor)
+        reason = loss(self._read, state) if self.loaded else "start"
+        if reason is not None:
+            await self._load(state, reason)
+        elif state.first is not None:
+            self._window.trim_before(state.first)
+        self._clock_ms = (state.now_ms, self._clock())
+        if made_ms(state.last) > state.now_ms + _AHEAD_MS:
+            self._logger.error(
+                "log_ahead_of_clock",
+                seconds=(made_ms(state.last) - state.now_ms) / 1000,
+                cure="New ids cannot be older than the newest; see README, ids ahead of the clock.",
+            )
+        self._check_at = self._clock() + self._check_seconds * self._random.uniform(0.8, 1.0)
+        self._answer(None)
+
+    async def _load(self, state: LogState, reason: str) -> None:
+        """Fill the window anew; tell the streams where they had one before."""
+        epoch = state.epoch
+        if self.loaded and (reason != "trimmed" or epoch is None):
+            # Positions of before belong to another history. Being trimmed past
+            # is this process's own loss: the others keep their positions.
+            if epoch == self._read.epoch or epoch is None:
+                epoch = await self._log.renew_epoch(epoch)
+        elif epoch is None:
+            epoch = await self._log.renew_epoch(None)
+        cursor = ORIGIN if state.first is not None else state.last
+        loaded: list[Entry] = []
+        while cursor < state.last:
+            entries = await self._log.read(epoch, cursor, self._count, 0)
+            if not entries:
+                cursor = state.last  # the newest ones were deleted
+                break
+            self._adapt(entries)
+            loaded += entries
+            cursor = entries[-1].position  # type: ignore[assignment]
+        ordinal = state.added + sum(1 for entry in loaded if entry.position > state.last)  # type: ignore[operator]
+        self._note(loaded)
+        # Every trim leaves one entry past the history: the trim boundary. A
+        # client that stands there has missed nothing.
+        if state.first is None:
+            boundary, boundary_id = state.last, write_id(epoch, state.last)
+        elif state.added > state.length and loaded:
+            oldest = loaded.pop(0)
+            boundary, boundary_id = oldest.position, oldest.id  # type: ignore[assignment]
+        else:
+            boundary, boundary_id = ORIGIN, write_id(epoch, ORIGIN)
+        # From here on without a pause: no stream may see a window half loaded.
+        self._window.reset(epoch, boundary, boundary_id)
+        for entry in loaded:
+            self._window.append(entry)
+        self._read = Checked(epoch, cursor, ordinal)
+        if self.loaded:
+            self.gaps += 1
+            self._logger.error(
+                "log_gap", reason=reason, epoch=epoch, streams=len(self._hub), window_events=len(loaded)
+            )
+            self._hub.reset(reason)
+        else:
+            self._hub.settled = self._window.end
+            self.loaded = True
+            self._logger.info("window_loaded", epoch=epoch, window_events=len(loaded))
+        self._moved.set()
+
+    def _adapt(self, entries: list[Entry]) -> None:
+        """Keep a reply near its size: large events are read few at a time."""
+        size = sum(len(entry.data) for entry in entries) + 100 * len(entries)
+        if size > _REPLY_BYTES:
+            self._count = max(1, self._count // 2)
+        elif len(entries) == self._count and size < _REPLY_BYTES // 4:
+            self._count = min(_MAX_COUNT, self._count * 2)
+
+    def _note(self, entries: list[Entry]) -> None:
+        for entry in entries:
+            if not entry.topics:
+                self.broken += 1
+                self._logger.warning("entry_broken", id=entry.id, error=entry.data)
+                entry.data = ""
+
+    async def _reached(self, position: Position, seconds: float) -> None:
+        """Wait until the window holds *position*, at most *seconds*."""
+        until = self._clock() + seconds
+        epoch = self._window.epoch
+        while self._window.epoch == epoch and self._window.newest() < position:
+            self._moved.clear()
+            left = until - self._clock()
+            if left <= 0:
+                return
+            try:
+                await asyncio.wait_for(self._moved.wait(), left)
+            except TimeoutError:
+                return
+
+    def _now_ms(self) -> float:
+        """Return the log's clock, as of the last check and the time since."""
+        then_ms, then = self._clock_ms
+        return then_ms + (self._clock() - then) * 1000
+
+    def _answer(self, error: LogUnavailable | None) -> None:
+        asked, self._asked = self._asked, []
+        for future in asked:
+            if future.done():
+                continue
+            if error is None:
+                future.set_result(None)
+            else:
+                future.set_exception(error)
+
+
+async def finish(slices: Iterator[None]) -> None:
+    """Run an iterator of slices to its end, with the event loop's other work between them."""
+    for _ in slices:
+        await asyncio.sleep(0)

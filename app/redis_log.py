@@ -1,0 +1,293 @@
+"""
+The log in Redis 7 or Valkey: one Redis Stream. The only module that imports redis.
+
+Publishing is one `XADD`, so any service can publish (fields: `app.log.to_fields`).
+Publishers never trim. All keys share one hash tag, so that a Cluster can hold them.
+"""
+
+import asyncio
+import secrets
+from collections.abc import Awaitable
+from typing import Any, cast
+
+import redis.asyncio as redis
+import structlog
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import RedisError, ResponseError
+
+from app.event import Entry
+from app.log import (
+    ORIGIN,
+    Batch,
+    IdempotencyConflict,
+    LogState,
+    LogUnavailable,
+    Position,
+    from_fields,
+    to_fields,
+)
+
+# KEYS: log, epoch, idempotency key. ARGV: new epoch, fingerprint, seconds to
+# remember (ms), number of events, then for each the number of its fields and
+# the fields. One script, so that a batch is all or nothing, in one order, and
+# a repeated publish is recognised in the same step that would double it.
+_PUBLISH = """
+local known = redis.call('GET', KEYS[3])
+if known then
+  if string.sub(known, 1, 32) ~= ARGV[2] then return {0} end
+  return {1, string.sub(known, 33)}
+end
+redis.call('SET', KEYS[2], ARGV[1], 'NX')
+local ids = {redis.call('GET', KEYS[2])}
+local at = 5
+for _ = 1, tonumber(ARGV[4]) do
+  local count = tonumber(ARGV[at])
+  ids[#ids + 1] = redis.call('XADD', KEYS[1], '*', unpack(ARGV, at + 1, at + count))
+  at = at + 1 + count
+end
+local text = table.concat(ids, ' ')
+redis.call('SET', KEYS[3], ARGV[2] .. text, 'PX', ARGV[3])
+return {1, text}
+"""
+
+# KEYS: epoch. ARGV: expected ('' for none), new.
+_RENEW = """
+local now = redis.call('GET', KEYS[1])
+if not now or now == ARGV[1] then
+  redis.call('SET', KEYS[1], ARGV[2])
+  return ARGV[2]
+end
+return now
+"""
+
+# KEYS: log. ARGV: history in ms, most entries. By Redis's clock, which made the
+# ids. The newest entry past the history stays: it is the trim boundary.
+_TRIM = """
+local time = redis.call('TIME')
+local now = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
+local horizon = string.format('%.0f', math.max(0, now - tonumber(ARGV[1])))
+local old = redis.call('XREVRANGE', KEYS[1], horizon, '-', 'COUNT', 1)
+local gone = 0
+if old[1] then gone = redis.call('XTRIM', KEYS[1], 'MINID', old[1][1]) end
+return gone + redis.call('XTRIM', KEYS[1], 'MAXLEN', ARGV[2])
+"""
+
+class RedisLog:
+    """
+    See `app.log.Log`.
+
+    The reader has one connection of its own, without retries: after a
+    connection was lost it must check the log before it reads on, so nothing
+    may reconnect behind its back. Publishers share a pool.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        prefix: str = "sse",
+        history_seconds: float,
+        max_events: int,
+        timeout_seconds: float = 2.0,
+        publish_timeout_seconds: float = 3.0,
+        idempotency_seconds: float = 600,
+        max_topics: int = 50,
+        max_event_bytes: int = 1_048_576,
+        logger: structlog.typing.FilteringBoundLogger | None = None,
+    ) -> None:
+        self.log_key = f"{{{prefix}}}:log"
+        self.epoch_key = f"{{{prefix}}}:epoch"
+        self._idempotency_prefix = f"{{{prefix}}}:idempotency:"
+        self._history_ms = int(history_seconds * 1000)
+        self._max_events = max_events
+        self._timeout = timeout_seconds
+        self._publish_timeout = publish_timeout_seconds
+        self._idempotency_ms = int(idempotency_seconds * 1000)
+        self._max_topics = max_topics
+        self._max_event_bytes = max_event_bytes
+        self._logger = logger or structlog.get_logger()
+        self._opened = False
+
+        def client(**options: Any) -> "redis.Redis":
+            return redis.Redis.from_url(
+                url,
+                socket_timeout=timeout_seconds,
+                socket_connect_timeout=timeout_seconds,
+                retry=Retry(NoBackoff(), 0),
+                **options,
+            )
+
+        self._reader = client(single_connection_client=True)
+        self._publisher = client(max_connections=64)
+        self._publish = self._publisher.register_script(_PUBLISH)
+        self._renew = self._reader.register_script(_RENEW)
+        self._trim = self._reader.register_script(_TRIM)
+
+    async def open(self) -> None:
+        # A fresh connection for the reader: an old one may hold half a reply.
+        await self._reader.aclose()
+        await _told(self._reader.ping())
+        await self._check_policy()
+
+    async def publish(self, batch: Batch) -> list[str]:
+        args: list[str | int] = [
+            secrets.token_hex(4),
+            batch.fingerprint,
+            self._idempotency_ms,
+            len(batch.drafts),
+        ]
+        for draft in batch.drafts:
+            fields = to_fields(draft)
+            args.append(len(fields))
+            args += fields
+        keys = [self.log_key, self.epoch_key, self._idempotency_prefix + batch.key]
+        # The key makes a repeated attempt harmless, so an answer that was lost
+        # is asked for again, as long as the caller can be expected to wait.
+        deadline = asyncio.get_running_loop().time() + self._publish_timeout
+        delay = 0.02
+        while True:
+            left = deadline - asyncio.get_running_loop().time()
+            try:
+                async with asyncio.timeout(left):
+                    answer = await _told(self._publish(keys=keys, args=args))
+                break
+            except (LogUnavailable, TimeoutError) as error:
+                if asyncio.get_running_loop().time() + delay >= deadline:
+                    raise LogUnavailable(str(error) or "the log did not answer in time") from None
+                await asyncio.sleep(delay)
+                delay *= 2
+        if answer[0] == 0:
+            raise IdempotencyConflict(batch.key)
+        epoch, *ids = answer[1].decode().split(" ")
+        return [f"{epoch}:{id}" for id in ids]
+
+    async def state(self, cursor: Position) -> LogState:
+        pipe = self._reader.pipeline(transaction=True)
+        pipe.get(self.epoch_key)
+        pipe.execute_command("XINFO", "STREAM", self.log_key)
+        pipe.execute_command("XRANGE", self.log_key, _text(cursor), _text(cursor))
+        pipe.time()
+        epoch, info, at_cursor, now = await _told(pipe.execute(raise_on_error=False))
+        for answer in (epoch, at_cursor, now):
+            if isinstance(answer, Exception):
+                raise LogUnavailable(str(answer))
+        now_ms = int(now[0]) * 1000 + int(now[1]) // 1000
+        name = epoch.decode() if epoch is not None else None
+        if isinstance(info, Exception):
+            if "no such key" not in str(info):
+                raise LogUnavailable(str(info))
+            return LogState(name, None, ORIGIN, 0, 0, False, now_ms)
+        facts = info
+        first = facts[b"first-entry"]
+        return LogState(
+            epoch=name,
+            first=_position(first[0]) if first else None,
+            last=_position(facts[b"last-generated-id"]),
+            added=int(facts[b"entries-added"]),
+            length=int(facts[b"length"]),
+            has_cursor=bool(at_cursor),
+            now_ms=now_ms,
+        )
+
+    async def read(
+        self, epoch: str, after: Position, count: int, block_seconds: float
+    ) -> list[Entry]:
+        command: list[str | int] = ["XREAD", "COUNT", count]
+        if block_seconds > 0:
+            # Shorter than the socket's timeout, so that an unanswered read is a dead Redis.
+            block = min(block_seconds, self._timeout / 2)
+            command += ["BLOCK", max(1, int(block * 1000))]
+        command += ["STREAMS", self.log_key, _text(after)]
+        answer = await _told(self._reader.execute_command(*command))
+        if not answer:
+            return []
+        [(_, rows)] = answer
+        return [
+            from_fields(epoch, _position(id), fields, self._max_topics, self._max_event_bytes)
+            for id, fields in rows
+        ]
+
+    async def renew_epoch(self, expected: str | None) -> str:
+        answer = await _told(
+            self._renew(keys=[self.epoch_key], args=[expected or "", secrets.token_hex(4)])
+        )
+        return cast(bytes, answer).decode()
+
+    async def has(self, position: Position) -> bool:
+        return bool(
+            await _told(
+                self._publisher.execute_command(
+                    "XRANGE", self.log_key, _text(position), _text(position)
+                )
+            )
+        )
+
+    async def trim(self) -> None:
+        try:
+            await _told(self._trim(keys=[self.log_key], args=[self._history_ms, self._max_events]))
+        except LogUnavailable as error:
+            # Reading goes on where only writing is refused for lack of room or
+            # replicas; a read-only server is the wrong one and must be left.
+            if not str(error).startswith(("OOM", "NOREPLICAS", "MISCONF")):
+                raise
+            self._logger.warning("trim_refused", error=str(error))
+
+    async def ping(self) -> bool:
+        try:
+            await _told(self._publisher.ping())
+        except LogUnavailable:
+            return False
+        return True
+
+    async def close(self) -> None:
+        for client in (self._reader, self._publisher):
+            try:
+                await client.aclose()
+            except (RedisError, OSError):
+                pass  # it was away already; there is nothing left to close
+
+    async def _check_policy(self) -> None:
+        """Refuse a Redis that may evict the log to make room."""
+        try:
+            facts = await _told(self._reader.config_get("maxmemory*"))
+        except LogUnavailable as error:
+            if not self._opened:
+                self._logger.warning(
+                    "maxmemory_policy_unknown",
+                    error=str(error),
+                    cure="Make sure yourself that maxmemory-policy is noeviction.",
+                )
+            self._opened = True
+            return
+        self._opened = True
+        named = {_str(key): _str(value) for key, value in facts.items()}
+        policy = named.get("maxmemory-policy", "noeviction")
+        if policy != "noeviction" and named.get("maxmemory", "0") != "0":
+            raise LogUnavailable(
+                f"maxmemory-policy must be noeviction, got {policy!r}. "
+                "Redis would throw the log away to make room; set it and this process goes on."
+            )
+
+
+async def _told(answer: Awaitable[Any] | Any) -> Any:
+    """Await *answer*; every way in which Redis is away becomes LogUnavailable."""
+    try:
+        return await answer
+    except ResponseError as error:
+        raise LogUnavailable(str(error)) from error
+    except (RedisError, OSError, TimeoutError) as error:
+        raise LogUnavailable(f"{type(error).__name__}: {error}") from error
+
+
+def _text(position: Position) -> str:
+    return f"{position.ms}-{position.seq}"
+
+
+def _position(id: bytes | str) -> Position:
+    ms, _, seq = (id.decode() if isinstance(id, bytes) else id).partition("-")
+    return Position(int(ms), int(seq))
+
+
+def _str(text: bytes | str) -> str:
+    return text if isinstance(text, str) else text.decode()

@@ -1,0 +1,405 @@
+"""
+The HTTP edge: what is asked is checked here, and answered or refused.
+"""
+
+import json
+import re
+import secrets
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any, NoReturn
+from urllib.parse import quote
+
+from quart import Blueprint, Response, request, send_from_directory
+
+from app.edge import soft_fail, wants_soft_fail
+from app.event import (
+    Draft,
+    EventError,
+    check_name,
+    check_retry,
+    check_subscription,
+    check_topic,
+    encode,
+)
+from app.handoff import Pulled, take_over
+from app.kit import Kit
+from app.log import Batch, IdempotencyConflict, LogUnavailable
+from app.problem import Problem
+from app.stream import Stream
+
+_STATIC = Path(__file__).parent / "static"
+_STREAM_ARGUMENTS = frozenset({"topic", "last_event_id", "user"})
+_EVENT_FIELDS = frozenset({"topics", "event", "data", "retry"})
+_IDEMPOTENCY_KEY = re.compile(r"[\x21-\x7e]{1,255}")
+# What a client may send as its position; anything else was never an id of ours.
+_POSITION = re.compile(r"[\x21-\x7e]{1,200}")
+_CONTENT_SECURITY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+    "img-src 'self' data:; base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
+)
+
+
+def routes(kit: Kit) -> Blueprint:
+    """Return all routes of one process."""
+    pages = Blueprint("sse", __name__)
+    settings = kit.settings
+
+    @pages.get("/events")
+    async def events() -> Response:
+        user = _user()
+        topics = _topics(settings.max_topics, user)
+        if request.method == "HEAD":
+            return _head(Response(b""))
+        cursor, resumed_from, reset = await _resume(kit)
+        stream = Stream(
+            kit.next_stream_id(), topics, cursor, user=user, resumed_from=resumed_from
+        )
+        response = _head(Response(_body(kit, stream, reset, request.scope)))
+        response.timeout = None
+        return response
+
+    @pages.post("/publish")
+    async def publish() -> tuple[dict[str, Any], int]:
+        drafts = _drafts(await _json(settings.max_body_bytes), kit)
+        key = request.headers.get("Idempotency-Key")
+        if key is not None and not _IDEMPOTENCY_KEY.fullmatch(key):
+            raise Problem(
+                400, "invalid", "Idempotency-Key", "must be 1 to 255 visible ASCII characters",
+                key, "A UUID is a good one.",
+            )
+        try:
+            ids = await kit.log.publish(Batch.of(drafts, key or "-" + secrets.token_hex(16)))
+        except IdempotencyConflict:
+            raise Problem(
+                422, "idempotency-conflict", "Idempotency-Key", "was used with other events before",
+                key, "Make a new key for each publish; repeat one only with the same body.",
+            ) from None
+        except LogUnavailable as error:
+            kit.logger.warning("publish_failed", error=str(error), events=len(drafts))
+            raise Problem(
+                503, "log-unavailable", "log", "does not answer", None,
+                "Publish again with the same Idempotency-Key: nothing will be doubled.",
+                {"Retry-After": "1"},
+            ) from None
+        kit.tally.published += len(ids)
+        return {"ids": ids}, 201
+
+    @pages.get("/healthz")
+    async def healthz() -> dict[str, Any]:
+        return {"status": "ok", "process": kit.process}
+
+    @pages.get("/readyz")
+    async def readyz() -> tuple[dict[str, Any], int]:
+        why = await kit.unready()
+        if why is not None:
+            return {"status": "unready", "reason": why, "process": kit.process}, 503
+        return {"status": "ready", "process": kit.process, "streams": len(kit.hub)}, 200
+
+    @pages.get("/")
+    async def page() -> Response:
+        return await send_from_directory(_STATIC, "index.html")
+
+    @pages.get("/static/<path:name>")
+    async def static(name: str) -> Response:
+        return await send_from_directory(_STATIC, name)
+
+    @pages.after_app_request
+    async def secure(response: Response) -> Response:
+        response.headers.setdefault("X-Content-Type-Options", "nosniff")
+        if response.mimetype == "text/html":
+            response.headers["Content-Security-Policy"] = _CONTENT_SECURITY
+            response.headers["Referrer-Policy"] = "no-referrer"
+        return response
+
+    @pages.app_errorhandler(Problem)
+    async def refused(problem: Problem) -> Response:
+        kit.tally.refused[problem.status] = kit.tally.refused.get(problem.status, 0) + 1
+        headers = {k.lower().encode(): v.encode() for k, v in request.headers.items()}
+        if (
+            settings.soft_fail
+            and problem.status in (429, 503)
+            and request.path == "/events"
+            and wants_soft_fail(headers)
+        ):
+            return soft_fail(kit, problem)  # type: ignore[no-any-return]
+        # A browser hides the body of an error from EventSource: say it here too.
+        kit.logger.info("refused", path=request.path, status=problem.status, why=str(problem))
+        return problem.response()
+
+    @pages.app_errorhandler(404)
+    async def not_found(error: Exception) -> Response:
+        return Problem(
+            404, "not-found", "path", "must be one of this application", request.path,
+            "See the endpoints in README.md.",
+        ).response()
+
+    @pages.app_errorhandler(405)
+    async def bad_method(error: Any) -> Response:
+        allowed = ", ".join(sorted(error.valid_methods or ()))
+        return Problem(
+            405, "bad-method", "method", f"must be one of {allowed}", request.method,
+            "See the endpoints in README.md.", {"Allow": allowed},
+        ).response()
+
+    @pages.app_errorhandler(413)
+    async def too_large(error: Exception) -> Response:
+        return _body_too_large(settings.max_body_bytes).response()
+
+    @pages.app_errorhandler(500)
+    async def failed(error: Exception) -> Response:
+        kit.logger.error("request_failed", path=request.path, exc_info=error)
+        return Problem(
+            500, "internal", "server", "failed", None, "It is logged with this request's id.",
+        ).response()
+
+    return pages
+
+
+async def _body(kit: Kit, stream: Stream, reset: str, scope: Any) -> AsyncIterator[bytes]:
+    """
+    Run one stream: by hand-off where that can be, else as this very generator.
+
+    Called when the head is out. Nothing of Quart's context is used here.
+    """
+    hub, settings = kit.hub, kit.settings
+    preamble = encode(
+        id=hub.window.id_at(stream.cursor),
+        event="stream.open",
+        data=json.dumps(
+            {
+                "stream": stream.id,
+                "process": kit.process,
+                "topics": stream.topics,
+                "heartbeat_seconds": settings.heartbeat_seconds,
+            }
+        ),
+        retry=min(
+            86_400_000,
+            int(hub.random.uniform(settings.retry_ms, 2 * settings.retry_ms)),
+        ),
+    )
+    if reset:
+        preamble += hub.reset_block(**json.loads(reset))
+    taken: bool | None = False
+    if settings.handoff == "auto":
+        taken = take_over(
+            scope, scope["extensions"]["sse.send"], stream, hub, settings.send_buffer_bytes
+        )
+    if taken is None:
+        return
+    if taken:
+        kit.tally.handed_off += 1
+        _opened(kit, stream, "handoff")
+        hub.add(stream, preamble)
+        return
+    pulled = Pulled(stream, hub)
+    stream.sink = pulled
+    _opened(kit, stream, "generator")
+    hub.add(stream, preamble)
+    async for data in pulled.body():
+        yield data
+
+
+def _opened(kit: Kit, stream: Stream, path: str) -> None:
+    kit.logger.info(
+        "stream_opened",
+        stream=stream.id,
+        user=stream.user,
+        topics=list(stream.topics),
+        resumed_from=stream.resumed_from,
+        path=path,
+    )
+
+
+def _head(response: Response) -> Response:
+    response.headers["Content-Type"] = "text/event-stream; charset=utf-8"
+    response.headers["Cache-Control"] = "no-store"
+    # For proxies that are not ours: nginx's way to say proxy_buffering off.
+    response.headers["X-Accel-Buffering"] = "no"
+    if request.http_version.startswith("1"):
+        # Else nginx would reuse a connection that is no longer Hypercorn's.
+        response.headers["Connection"] = "close"
+    response.headers.pop("Content-Length", None)
+    return response
+
+
+def _user() -> str | None:
+    """Return who asks. With SSE_AUTH=none anybody may say so, for trying things out."""
+    user = request.args.get("user")
+    if user is None:
+        return None
+    if not 1 <= len(user) <= 64:
+        raise Problem(400, "invalid", "user", "must have 1 to 64 characters", user, "Shorten it.")
+    return user
+
+
+def _topics(most: int, user: str | None) -> tuple[str, ...]:
+    """Return what the stream carries: as asked, `broadcast`, and the user's own topic."""
+    for name in request.args:
+        if name not in _STREAM_ARGUMENTS:
+            raise Problem(
+                400, "invalid", "query parameter", "must be topic, last_event_id or user", name,
+                "Give each topic as its own `topic=`.",
+            )
+    own = None if user is None else "user:" + quote(user, safe="")
+    asked = dict.fromkeys(request.args.getlist("topic"))
+    for topic in asked:
+        try:
+            check_subscription(topic)
+        except EventError as error:
+            raise Problem.of(error) from None
+        if topic.startswith("user:") and topic != own:
+            raise Problem(
+                403, "forbidden", "topic", "must not be another user's", topic,
+                "A user's own topic comes with every stream of that user.",
+            )
+    asked["broadcast"] = None
+    if own is not None:
+        asked[own] = None
+    if len(asked) > most:
+        raise Problem(
+            400, "invalid", "topics", f"must be at most SSE_MAX_TOPICS ({most})", len(asked),
+            "Use a prefix such as `orders/*`, or a second stream.",
+        )
+    return tuple(asked)
+
+
+async def _resume(kit: Kit) -> tuple[int, str, str]:
+    """Return the cursor to begin at, what the client asked for, and a reset's detail."""
+    window = kit.hub.window
+    asked = request.args.get("last_event_id")
+    if asked is not None and not _POSITION.fullmatch(asked):
+        raise Problem(
+            400, "invalid", "last_event_id", "must be an id that was read from a stream", asked,
+            "Leave it out to begin now, or give `earliest` for all that is kept.",
+        )
+    # The header comes with a browser's own reconnect, to the same address as
+    # before: it is the newer one.
+    header = request.headers.get("Last-Event-ID")
+    if header:
+        asked = header
+    if not asked:
+        return window.end, "", ""
+    kit.tally.resumed += 1
+    if asked == "earliest":
+        return window.first, asked, ""
+    try:
+        # In a header, nothing but ours is refused by status: a native
+        # EventSource would give up for ever.
+        found = await kit.reader.located(asked) if _POSITION.fullmatch(asked) else "unknown_position"
+    except LogUnavailable:
+        raise Problem(
+            503, "log-unavailable", "position", "could not be checked: the log does not answer", asked,
+            "Connect again with the same Last-Event-ID.", {"Retry-After": "1"},
+        ) from None
+    if isinstance(found, int):
+        return found, asked, ""
+    detail = Problem(
+        410, "history-lost", "Last-Event-ID", _LOST[found], asked[:200],
+        "Fetch your state again; this stream goes on from now.",
+    ).fields()
+    reset = {key: detail[key] for key in ("name", "rule", "value", "cure")}
+    return window.end, asked[:200], json.dumps({"reason": found, **reset})
+
+
+_LOST = {
+    "unknown_position": "is not an id of this log",
+    "epoch_changed": "is of a history that was lost",
+    "history_lost": "is older than SSE_HISTORY_SECONDS, or than what fits",
+}
+
+
+async def _json(most: int) -> Any:
+    if request.mimetype != "application/json":
+        raise Problem(
+            415, "media-type", "Content-Type", "must be application/json",
+            request.headers.get("Content-Type"), "Send JSON and say so.",
+        )
+    if (request.content_length or 0) > most:
+        raise _body_too_large(most)
+    body = await request.get_data(as_text=False)
+    try:
+        return json.loads(body, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        why = "is nested too deeply" if isinstance(error, RecursionError) else f"must be JSON ({error})"
+        raise Problem(
+            400, "invalid", "body", why, body[:100].decode("utf-8", "replace"),
+            "Send one event or an array of events.",
+        ) from None
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _body_too_large(most: int) -> Problem:
+    return Problem(
+        413, "too-large", "body", f"must have at most SSE_MAX_BODY_BYTES ({most}) bytes",
+        request.content_length, "Publish in smaller batches.",
+    )
+
+
+def _drafts(body: Any, kit: Kit) -> list[Draft]:
+    """Return the events of *body*, all checked: none is published if one is wrong."""
+    settings = kit.settings
+    if isinstance(body, dict):
+        return [_draft(body, kit, "")]
+    if not isinstance(body, list) or not body:
+        raise Problem(
+            400, "invalid", "body", "must be an event or an array of events", body,
+            'Send {"topics": ["news"], "data": "hello"}.',
+        )
+    if len(body) > settings.max_batch_events:
+        raise Problem(
+            400, "invalid", "events", f"must be at most SSE_MAX_BATCH_EVENTS ({settings.max_batch_events})",
+            len(body), "Publish in smaller batches.",
+        )
+    return [_draft(item, kit, f"[{number}].") for number, item in enumerate(body)]
+
+
+def _draft(item: Any, kit: Kit, where: str) -> Draft:
+    def wrong(name: str, rule: str, value: object, cure: str) -> Problem:
+        return Problem(400, "invalid", where + name, rule, value, cure)
+
+    settings = kit.settings
+    if not isinstance(item, dict):
+        raise wrong("event", "must be an object", item, 'Such as {"topics": ["news"], "data": "hello"}.')
+    for name in item:
+        if name not in _EVENT_FIELDS:
+            raise wrong(name, "is not a field of an event", item[name], "Fields: topics, event, data, retry.")
+    topics = item.get("topics")
+    if not isinstance(topics, list) or not topics:
+        raise wrong("topics", "must be an array of at least one topic", topics, 'Such as ["news"].')
+    if len(topics) > settings.max_topics:
+        raise wrong(
+            "topics", f"must be at most SSE_MAX_TOPICS ({settings.max_topics})", len(topics), "Publish twice.",
+        )
+    if "data" not in item:
+        raise wrong("data", "must be there", None, 'Send "" for an event without data.')
+    try:
+        data = item["data"]
+        if not isinstance(data, str):
+            data = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        size = len(data.encode())
+        if size > settings.max_event_bytes:
+            raise wrong(
+                "data", f"must have at most SSE_MAX_EVENT_BYTES ({settings.max_event_bytes}) bytes", size,
+                "Send a link to it instead.",
+            )
+        event = item.get("event", "")
+        name = check_name(event) if event != "" else ""
+        name.encode()
+        retry = item.get("retry")
+        return Draft(
+            topics=tuple(dict.fromkeys(check_topic(topic) for topic in topics)),
+            data=data,
+            event=name,
+            retry=None if retry is None else check_retry(retry),
+        )
+    except EventError as error:
+        raise Problem.of(error, where) from None
+    except UnicodeEncodeError as error:
+        raise wrong("data", "must be text that UTF-8 can carry", error.object, "A surrogate stands alone.") from None
+    except (ValueError, RecursionError) as error:
+        raise wrong("data", f"must be JSON ({error})", None, "Infinity and NaN are none.") from None

@@ -1,0 +1,164 @@
+"""
+Run one process: Hypercorn, signals, and the order in which it all ends.
+
+Hypercorn alone never ends while a stream is open (Python 3.12+, asyncio), and
+tells the application of a shutdown only after the connections: so the drain
+runs inside its `shutdown_trigger`.
+"""
+
+import asyncio
+import gc
+import os
+import resource
+import signal
+import sys
+import time
+from contextlib import suppress
+from typing import Any
+
+import hypercorn.asyncio
+from hypercorn.config import Config
+
+from app import handoff, journal
+from app.event import encode
+from app.factory import create_app
+from app.kit import Kit
+from app.settings import Settings
+
+# Longest that a listen queue may grow. The kernel caps it at net.core.somaxconn.
+_BACKLOG = 4_096
+# asyncio accepts a whole backlog in one turn of the loop: 1.3 s of hold at 4,096.
+_BACKLOG_ASYNCIO = 64
+
+
+def run(settings: Settings) -> int:
+    """Serve until SIGTERM or SIGINT; return the exit status."""
+    journal.configure(settings)
+    _raise_descriptor_limit()
+    factory: Any = None
+    if settings.loop == "uvloop":
+        import uvloop
+
+        factory = uvloop.new_event_loop
+    with asyncio.Runner(loop_factory=factory) as runner:
+        return runner.run(_serve(settings))
+
+
+async def _serve(settings: Settings) -> int:
+    app = create_app(settings)
+    kit: Kit = app.extensions["sse"]
+    _say_how(kit)
+    if settings.metrics_port:
+        try:
+            kit.metrics.serve(settings.metrics_host, settings.metrics_port)
+        except OSError as error:
+            return _cannot_listen("SSE_METRICS_PORT", settings.metrics_port, error)
+    config = Config()
+    config.bind = [f"{settings.host}:{settings.port}"]
+    config.backlog = _BACKLOG if settings.loop == "uvloop" else _BACKLOG_ASYNCIO
+    # nginx keeps idle connections for 60 s: be the one who closes later.
+    config.keep_alive_timeout = 75
+    config.keep_alive_max_requests = 1_000_000
+    config.graceful_timeout = 3
+    config.shutdown_timeout = 10
+    config.include_server_header = False
+    config.accesslog = None
+    config.errorlog = None
+    asked = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def stop() -> None:
+        if asked.is_set():
+            kit.logger.warning("stopped_at_once", streams=len(kit.hub))
+            os._exit(1)
+        asked.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop)
+    # What lives now lives for ever: spare the collector from looking at it.
+    gc.collect()
+    gc.freeze()
+    try:
+        await hypercorn.asyncio.serve(app, config, shutdown_trigger=lambda: _until(asked, kit))
+    except OSError as error:
+        return _cannot_listen("SSE_PORT", settings.port, error)
+    return 1 if kit.failed.is_set() else 0
+
+
+async def _until(asked: asyncio.Event, kit: Kit) -> None:
+    """Return when Hypercorn may end: the shutdown order, from top to bottom."""
+    waits = [asyncio.ensure_future(asked.wait()), asyncio.ensure_future(kit.failed.wait())]
+    try:
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for wait in waits:
+            wait.cancel()
+    await drain(kit)
+
+
+async def drain(kit: Kit) -> None:
+    """
+    End all streams, spread over SSE_DRAIN_SECONDS; `/publish` goes on meanwhile.
+
+    Afterwards Hypercorn ends, and the log is let go last, by `Kit.stop`.
+    """
+    settings, hub = kit.settings, kit.hub
+    began = time.monotonic()
+    kit.draining = True  # readiness off, new streams 503: nginx asks another process
+    streams = list(hub.streams.values())
+    kit.logger.info("draining", streams=len(streams), seconds=settings.drain_seconds)
+    if streams:
+        lead = min(settings.drain_lead_seconds, settings.drain_seconds)
+        hub.announce(encode(event="stream.draining", data=f'{{"seconds": {lead:g}}}'))
+        await asyncio.sleep(lead)
+        hub.random.shuffle(streams)
+        left = settings.drain_seconds - lead
+        start = time.monotonic()
+        for number, stream in enumerate(streams):
+            wait = start + left * number / len(streams) - time.monotonic()
+            if wait > 0.001:
+                await asyncio.sleep(wait)
+            # The ends are spread already: come back at once.
+            hub.end(stream, "draining", hub.farewell(0, 250))
+    # Streams that slipped in between the last check at the door and now.
+    for stream in list(hub.streams.values()):
+        hub.end(stream, "draining", hub.farewell(0, 250))
+    kit.logger.info(
+        "drained", streams=len(streams), seconds=round(time.monotonic() - began, 3)
+    )
+
+
+def _say_how(kit: Kit) -> None:
+    settings = kit.settings
+    why = handoff.self_check() if settings.handoff == "auto" else "SSE_HANDOFF=off"
+    kit.logger.info(
+        "starting",
+        process=kit.process,
+        url=f"http://{settings.host}:{settings.port}",
+        log="redis" if settings.redis_url else "memory",
+        handoff="on" if why is None else f"off: {why}",
+        loop=settings.loop,
+        pid=os.getpid(),
+    )
+    if not settings.redis_url:
+        kit.logger.warning(
+            "log_in_memory",
+            note="One process, and nothing outlives it. Set SSE_REDIS_URL for more.",
+        )
+    if settings.auth == "none":
+        kit.logger.warning("auth_none", note="Anybody may read and publish everything. Never expose this.")
+
+
+def _raise_descriptor_limit() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _cannot_listen(name: str, port: int, error: OSError) -> int:
+    print(
+        f"{name} must be a free port, got {port}: {error.strerror or error}. "
+        "End what holds it, or choose another.",
+        file=sys.stderr,
+    )
+    return 2

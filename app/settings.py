@@ -1,0 +1,205 @@
+"""
+Every setting: name, unit, range, default and reason. The only reader of os.environ.
+
+The timeout ladder stands here in one place. Durations are seconds and accept
+fractions, so that tests run the whole ladder scaled down.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+
+class SettingError(ValueError):
+    """
+    A setting has a value that it must not have.
+
+    The text is one line: name, rule, value, cure. Start-up ends with it.
+    """
+
+    def __init__(self, name: str, rule: str, value: object, cure: str) -> None:
+        super().__init__(f"{name} must be {rule}, got {value!r}. {cure}")
+
+
+@dataclass(frozen=True)
+class _Rule:
+    kind: str  # "seconds", "count", "choice", "text", "switch"
+    about: str
+    low: float = 0
+    high: float = 0
+    choices: tuple[str, ...] = ()
+
+
+def _seconds(default: float, low: float, high: float, about: str) -> Any:
+    return field(default=default, metadata={"rule": _Rule("seconds", about, low, high)})
+
+
+def _count(default: int, low: int, high: int, about: str) -> Any:
+    return field(default=default, metadata={"rule": _Rule("count", about, low, high)})
+
+
+def _choice(default: str, choices: tuple[str, ...], about: str) -> Any:
+    return field(default=default, metadata={"rule": _Rule("choice", about, choices=choices)})
+
+
+def _text(default: str, about: str) -> Any:
+    return field(default=default, metadata={"rule": _Rule("text", about)})
+
+
+def _switch(default: bool, about: str) -> Any:
+    return field(default=default, metadata={"rule": _Rule("switch", about)})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All settings of one process. The variable of `max_age_seconds` is `SSE_MAX_AGE_SECONDS`."""
+
+    # --- Where it runs
+    env: str = _choice("development", ("development", "production"), "`production` refuses what is only for development.")
+    auth: str = _choice("none", ("none",), "`none` lets anybody in and is refused in production.")
+    host: str = _text("127.0.0.1", "Address to listen on.")
+    port: int = _count(8000, 1, 65535, "Port to listen on.")
+    metrics_host: str = _text("127.0.0.1", "Address of `/metrics`.")
+    metrics_port: int = _count(9090, 0, 65535, "Port of `/metrics`, which is never on the public one. 0: none.")
+    loop: str = _choice("uvloop", ("uvloop", "asyncio"), "Event loop.")
+
+    # --- The log
+    redis_url: str = _text("", "Redis 7 or Valkey, as `redis://…`, `rediss://…` or `unix://…`. Empty: the log is in memory, for one process.")
+    key_prefix: str = _text("sse", "All keys begin with `{this}`, so that environments can share a Redis.")
+    history_seconds: float = _seconds(600, 0.2, 86_400, "Be back within this time and you miss nothing.")
+    log_max_events: int = _count(1_000_000, 10, 100_000_000, "Longest log. Reached before `SSE_HISTORY_SECONDS`, it cuts the promise short.")
+    window_max_bytes: int = _count(134_217_728, 65_536, 1 << 40, "Largest window in the memory of one process.")
+    redis_timeout_seconds: float = _seconds(2, 0.05, 60, "A Redis that is silent for longer is away.")
+    publish_timeout_seconds: float = _seconds(3, 0.05, 60, "Longest wait of one publish, retries included.")
+    idempotency_seconds: float = _seconds(600, 1, 86_400, "How long an `Idempotency-Key` is remembered.")
+
+    # --- One stream
+    heartbeat_seconds: float = _seconds(15, 0.02, 300, "Longest silence on a stream. Keep `proxy_read_timeout` at 4 to 5 times this.")
+    max_age_seconds: float = _seconds(480, 0.2, 86_400, "A stream ends at 80 to 100 % of this. Keep it under nginx's `worker_shutdown_timeout`.")
+    slow_consumer_seconds: float = _seconds(10, 0.1, 600, "A stream whose client takes nothing for this long ends.")
+    send_buffer_bytes: int = _count(65_536, 4_096, 16_777_216, "Kernel's send buffer of one stream: what a stalled client can cost.")
+    retry_ms: int = _count(1_000, 0, 86_400_000, "Clients reconnect after one to two times this.")
+    handoff: str = _choice("auto", ("auto", "off"), "`auto` takes a stream's connection over from Hypercorn; `off` never.")
+
+    # --- Lifetime
+    drain_seconds: float = _seconds(45, 0, 540, "On SIGTERM all streams end spread over this time.")
+    drain_lead_seconds: float = _seconds(1, 0, 60, "Between telling clients of the drain and ending the first stream.")
+
+    # --- Limits
+    max_streams: int = _count(15_000, 1, 1_000_000, "Most streams of this process.")
+    max_topics: int = _count(50, 1, 10_000, "Most topics of one stream or one event.")
+    max_event_bytes: int = _count(1_048_576, 1, 67_108_864, "Largest `data` of one event.")
+    max_body_bytes: int = _count(2_097_152, 100, 134_217_728, "Largest body of a request.")
+    max_batch_events: int = _count(1_000, 1, 100_000, "Most events of one publish.")
+
+    # --- Answers and logs
+    soft_fail: bool = _switch(True, "Answer a native EventSource `200` with `retry:` where others get 429 or 503: it gives up for ever on any other status.")
+    log_format: str = _choice("auto", ("auto", "json", "console"), "`auto`: JSON unless standard error is a terminal.")
+    log_level: str = _choice("info", ("debug", "info", "warning", "error"), "Least severe line that is written.")
+    log_hash_users: bool = _switch(False, "Write a keyed hash of user ids instead of the ids.")
+
+    def __post_init__(self) -> None:
+        if self.env == "production" and self.auth == "none":
+            raise SettingError(
+                "SSE_AUTH", "other than 'none' in production", "none",
+                "It would let anybody in; set SSE_ENV=development to try things out.",
+            )
+        if self.heartbeat_seconds * 4 > self.history_seconds:
+            raise SettingError(
+                "SSE_HEARTBEAT_SECONDS",
+                f"at most a quarter of SSE_HISTORY_SECONDS ({self.history_seconds:g})",
+                self.heartbeat_seconds,
+                "Positions of quiet streams are renewed with heartbeats; lower it or keep more history.",
+            )
+        if self.heartbeat_seconds > self.max_age_seconds:
+            raise SettingError(
+                "SSE_HEARTBEAT_SECONDS",
+                f"at most SSE_MAX_AGE_SECONDS ({self.max_age_seconds:g})",
+                self.heartbeat_seconds,
+                "A stream that ends earlier never sends one.",
+            )
+        if self.max_event_bytes > self.max_body_bytes:
+            raise SettingError(
+                "SSE_MAX_EVENT_BYTES",
+                f"at most SSE_MAX_BODY_BYTES ({self.max_body_bytes})",
+                self.max_event_bytes,
+                "A larger event would never fit into a request.",
+            )
+        if not self.key_prefix or any(c in self.key_prefix for c in "{} \r\n"):
+            raise SettingError(
+                "SSE_KEY_PREFIX", "text without braces and spaces", self.key_prefix,
+                "It becomes the hash tag of all keys.",
+            )
+        if self.redis_url and not self.redis_url.startswith(("redis://", "rediss://", "unix://")):
+            raise SettingError(
+                "SSE_REDIS_URL", "redis://…, rediss://… or unix://…", _without_password(self.redis_url),
+                "Leave it empty for a log in memory.",
+            )
+
+
+def load(environ: Mapping[str, str] | None = None) -> Settings:
+    """
+    Read all settings from the environment.
+
+    Raises:
+        SettingError: a value is outside its rule, or an `SSE_` variable is
+            none of ours (a misspelt name would otherwise be ignored silently).
+    """
+    environ = os.environ if environ is None else environ
+    known = {variable(name): (name, rule) for name, rule in rules()}
+    values: dict[str, Any] = {}
+    for key, text in environ.items():
+        if not key.startswith("SSE_"):
+            continue
+        if key not in known:
+            raise SettingError(key, "a known setting", text, _nearest(key, known))
+        name, rule = known[key]
+        values[name] = _parse(key, rule, text.strip())
+    return Settings(**values)
+
+
+def rules() -> list[tuple[str, _Rule]]:
+    """Return every setting's name with its rule, in the order of the file."""
+    return [(f.name, f.metadata["rule"]) for f in fields(Settings)]
+
+
+def variable(name: str) -> str:
+    """Return the environment variable of the setting *name*."""
+    return "SSE_" + name.upper()
+
+
+def _parse(key: str, rule: _Rule, text: str) -> Any:
+    if rule.kind == "text":
+        return text
+    if rule.kind == "switch":
+        if text.lower() in ("on", "true", "1", "yes"):
+            return True
+        if text.lower() in ("off", "false", "0", "no"):
+            return False
+        raise SettingError(key, "on or off", text, rule.about)
+    if rule.kind == "choice":
+        if text in rule.choices:
+            return text
+        raise SettingError(key, "one of " + ", ".join(rule.choices), text, rule.about)
+    unit = "seconds, fractions allowed," if rule.kind == "seconds" else "a whole number"
+    rule_text = f"{unit} from {rule.low:g} to {rule.high:g}" if rule.kind == "seconds" else f"{unit} from {int(rule.low)} to {int(rule.high)}"
+    try:
+        number: float = float(text) if rule.kind == "seconds" else int(text)
+    except ValueError:
+        raise SettingError(key, rule_text, text, rule.about) from None
+    if not rule.low <= number <= rule.high:  # also false for NaN
+        raise SettingError(key, rule_text, text, rule.about)
+    return number
+
+
+def _nearest(key: str, known: Mapping[str, object]) -> str:
+    import difflib
+
+    close = difflib.get_close_matches(key, known, n=1)
+    return f"Did you mean {close[0]}?" if close else "See the settings in README.md."
+
+
+def _without_password(url: str) -> str:
+    scheme, _, rest = url.partition("://")
+    return f"{scheme}://…@{rest.rpartition('@')[2]}" if "@" in rest else url
