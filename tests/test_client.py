@@ -1,0 +1,518 @@
+"""
+The client misses nothing, doubles nothing, and comes back by itself.
+
+First against scripted bytes, then against the real application.
+"""
+
+import asyncio
+import random
+import socket
+import time
+from contextlib import aclosing
+from email.utils import formatdate
+
+import httpx2
+import pytest
+from scripted_server import accepted, dropped, serving, silent, status, stream
+
+from app import client as client_module
+from app.client import GaveUp, Refused, ServerSentEvent, StreamReset, listen, publish
+from app.event import encode
+
+pytestmark = pytest.mark.asyncio
+
+EVENT = {"topics": ["logs"], "data": "a"}
+OPEN = encode(id="e:0", event="stream.open", data='{"stream":"s","heartbeat_seconds":15}', retry=1)
+
+
+class Enough(Exception):
+    """Raised by a test's callback to leave a client that would try for ever."""
+
+
+def block(number: int) -> bytes:
+    return encode(id=f"e:{number}", data=str(number))
+
+
+def event(number: int) -> ServerSentEvent:
+    return ServerSentEvent("message", str(number), f"e:{number}")
+
+
+def free_port() -> int:
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        return held.getsockname()[1]
+
+
+async def take(count: int, url: str, topics="logs", **options) -> list[ServerSentEvent]:
+    events: list[ServerSentEvent] = []
+    async with aclosing(listen(url, topics, **options)) as listening:
+        async for event in listening:
+            events.append(event)
+            if len(events) == count:
+                break
+    return events
+
+
+async def waits_of(url: str, count: int, **options) -> list[tuple[str, float]]:
+    """What *count* waits would have been: cause and seconds."""
+    waits = []
+
+    def on_wait(cause: str, seconds: float) -> None:
+        waits.append((cause, seconds))
+        if len(waits) == count:
+            raise Enough
+
+    with pytest.raises(Enough):
+        await take(1000, url, on_wait=on_wait, **options)
+    return waits
+
+
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch):
+    monkeypatch.setattr(client_module, "SHORTEST_WAIT_SECONDS", 0.001)
+    monkeypatch.setattr(client_module, "PUBLISH_WAIT_SECONDS", 0.01)
+
+
+class TestListen:
+    async def test_first_request(self):
+        """
+        Topics, user and Accept go out as the wire contract says, without a position.
+        """
+        async with serving(stream(OPEN, block(1))) as server:
+            await take(1, server.url + "/", ["logs", "a b"], user="zoë", headers={"X-A": "b"})
+
+        request = server.requests[0]
+        assert ("GET", "/events") == (request.method, request.path)
+        assert {"topic": ["logs", "a b"], "user": ["zoë"]} == request.query
+        assert "text/event-stream" == request.headers["accept"]
+        assert "b" == request.headers["x-a"]
+        assert "last-event-id" not in request.headers
+
+    @pytest.mark.parametrize("cut", [b"", b"id: e:3\nda", b"id: e:3\ndata: 3\n"])
+    @pytest.mark.parametrize("then", ["end", "cut"])
+    async def test_resumes_after_the_end(self, then, cut):
+        """
+        After a clean end or a cut, also within an event, every event comes once and in order.
+        """
+        first = stream(OPEN, block(1) + block(2), cut, then=then)
+        async with serving(first, stream(block(3)), stream(block(4))) as server:
+            events = await take(4, server.url)
+
+        assert [event(number) for number in (1, 2, 3, 4)] == events
+        positions = [request.headers.get("last-event-id") for request in server.requests]
+        assert [None, "e:2", "e:3"] == positions
+
+    async def test_resumes_from_a_given_position(self):
+        """
+        A caller that stored an id goes on from there, also when no event came before the end.
+        """
+        async with serving(stream(), stream(b"data: a\n\n")) as server:
+            events = await take(1, server.url, last_event_id="é:7", retry_ms=1)
+
+        assert [ServerSentEvent("message", "a", "é:7")] == events
+        positions = [request.headers["last-event-id"] for request in server.requests]
+        assert ["é:7", "é:7"] == [value.encode("latin-1").decode() for value in positions]
+
+    async def test_earliest_until_there_is_an_id(self):
+        """
+        `earliest` is asked for until an id is known; later a replay would come twice.
+        """
+        replay = stream(OPEN, block(1), block(2), then="cut")
+        async with serving(stream(), replay, stream(block(3))) as server:
+            events = await take(3, server.url, last_event_id="earliest", retry_ms=1)
+
+        assert [event(1), event(2), event(3)] == events
+        assert [["earliest"], ["earliest"], None] == [
+            request.query.get("last_event_id") for request in server.requests
+        ]
+        assert [None, None, "e:2"] == [
+            request.headers.get("last-event-id") for request in server.requests
+        ]
+
+    async def test_position_moves_on_a_quiet_topic(self):
+        """
+        `stream.open` and `stream.position` move the resume point unseen.
+        """
+        position = encode(id="e:9", event="stream.position")
+        async with serving(stream(OPEN), stream(position), stream(block(10))) as server:
+            events = await take(1, server.url, retry_ms=1)
+
+        assert [event(10)] == events
+        assert "e:0" == server.requests[1].headers["last-event-id"]
+        assert "e:9" == server.requests[2].headers["last-event-id"]
+
+    async def test_kit_events_on_request(self):
+        """
+        A caller that stores its own position sees every event that moves it.
+        """
+        position = encode(id="e:9", event="stream.position")
+        async with serving(stream(OPEN, position)) as server:
+            events = await take(2, server.url, kit_events=True)
+
+        assert ["stream.open", "stream.position"] == [event.event for event in events]
+        assert "e:9" == events[1].id
+
+    async def test_reset_is_visible(self):
+        """
+        Loss comes as an event with a type of its own, and the resume point moves with it.
+        """
+        reset = encode(id="n:5", event="stream.reset", data='{"reason":"history_lost"}')
+        async with serving(stream(OPEN, reset, block(6)), stream(block(7))) as server:
+            events = await take(3, server.url)
+
+        assert isinstance(events[0], StreamReset)
+        assert ("history_lost", "n:5") == (events[0].reason, events[0].id)
+        assert [event(6), event(7)] == events[1:]
+
+    async def test_on_open(self):
+        """
+        Each opened stream is told, with what the server says of it.
+        """
+        opened = []
+        async with serving(stream(OPEN), stream(OPEN, block(1))) as server:
+            await take(1, server.url, on_open=opened.append)
+
+        assert [{"stream": "s", "heartbeat_seconds": 15}] * 2 == opened
+
+    async def test_server_that_is_not_there_yet(self):
+        """
+        A client may be started before its server.
+        """
+        port = free_port()
+        tried = asyncio.Event()
+        listening = asyncio.create_task(
+            take(1, f"http://127.0.0.1:{port}", retry_ms=1, on_wait=lambda *_: tried.set())
+        )
+        await tried.wait()
+        async with serving(stream(OPEN, block(1)), port=port):
+            assert [event(1)] == await listening
+
+    @pytest.mark.parametrize("code", [408, 425, 429, 500, 502, 503, 504])
+    async def test_not_now(self, code):
+        """
+        What only means "later" is tried again, where a browser gives up for ever.
+        """
+        causes = []
+        later = status(code, body={"title": "later"}, kind="application/problem+json")
+        async with serving(later, dropped, stream(OPEN, block(1))) as server:
+            events = await take(
+                1, server.url, retry_ms=1, on_wait=lambda cause, _: causes.append(cause)
+            )
+
+        assert [event(1)] == events
+        assert f"the server answered {code} Status {code}" == causes[0]
+        assert "disconnected" in causes[1]
+
+    @pytest.mark.parametrize("code", [400, 401, 403, 404, 422])
+    async def test_refused(self, code):
+        """
+        What no repetition changes is raised, with the server's own words.
+        """
+        problem = {"detail": "topic must be short. Shorten it.", "name": "topic"}
+        async with serving(status(code, body=problem)) as server:
+            with pytest.raises(Refused) as refused:
+                await take(1, server.url)
+
+        expected = f"GET /events got status {code}: topic must be short. Shorten it."
+        assert expected == str(refused.value)
+        assert (code, problem) == (refused.value.status, refused.value.problem)
+        assert 1 == len(server.requests)
+
+    async def test_not_an_event_stream(self):
+        """
+        A page with status 200 is not a stream without events.
+        """
+        async with serving(status(200, body="<html>", kind="text/html")) as server:
+            with pytest.raises(Refused, match="must be text/event-stream, got 'text/html'"):
+                await take(1, server.url)
+
+    async def test_caller_mistakes_are_not_retried(self):
+        """
+        An address without a scheme will not get one.
+        """
+        with pytest.raises(httpx2.UnsupportedProtocol):
+            await take(1, "localhost:8080")
+
+    async def test_no_more_to_come(self):
+        """
+        204 ends the iteration.
+        """
+        async with serving(stream(OPEN, block(1)), status(204)) as server:
+            assert [event(1)] == await take(1000, server.url)
+
+    async def test_redirect(self):
+        """
+        A stream that moved is followed, as browsers do.
+        """
+        async with serving(stream(block(1))) as target:
+            moved = status(307, f"Location: {target.url}/events?topic=logs")
+            async with serving(moved) as server:
+                assert [event(1)] == await take(1, server.url)
+
+    async def test_silence_after_opening(self):
+        """
+        Three heartbeats of silence are a dead connection: reconnect, and miss nothing.
+        """
+        opened = encode(id="e:0", event="stream.open", data='{"heartbeat_seconds":0.05}', retry=1)
+        dead = stream(opened, block(1), then="hold")
+        waits = []
+        async with serving(dead, stream(block(2))) as server:
+            started = time.monotonic()
+            events = await take(2, server.url, on_wait=lambda cause, _: waits.append(cause))
+
+        assert [event(1), event(2)] == events
+        assert ["nothing came for 0.15 s"] == waits
+        assert 0.15 <= time.monotonic() - started < 2
+        assert "e:1" == server.requests[1].headers["last-event-id"]
+
+    @pytest.mark.parametrize("answer", [silent, stream(then="hold"), stream(b":\n\n", then="hold")])
+    async def test_silence_before_opening(self, answer):
+        """
+        A server that takes the connection and says nothing is left too.
+        """
+        async with serving(answer, stream(block(1))) as server:
+            events = await take(1, server.url, silence_seconds=0.1, retry_ms=1)
+
+        assert [event(1)] == events
+
+    async def test_heartbeats_are_no_silence(self):
+        """
+        A quiet stream with heartbeats stays.
+        """
+        opened = encode(id="e:0", event="stream.open", data='{"heartbeat_seconds":0.1}')
+        beats = [part for _ in range(8) for part in (0.1, b":\n\n")]
+        async with serving(stream(opened, *beats, block(1))) as server:
+            assert [event(1)] == await take(1, server.url)
+
+        assert 1 == len(server.requests)
+
+    async def test_slow_caller_is_no_silence(self):
+        """
+        The server is not left because the caller takes its time.
+        """
+        opened = encode(id="e:0", event="stream.open", data='{"heartbeat_seconds":0.02}')
+        async with (
+            serving(stream(opened, block(1), block(2))) as server,
+            aclosing(listen(server.url, "logs")) as listening,
+        ):
+            assert event(1) == await anext(listening)
+            await asyncio.sleep(0.2)
+            assert event(2) == await anext(listening)
+
+        assert 1 == len(server.requests)
+
+    async def test_leaving_closes_the_connection(self):
+        """
+        The server sees at once that the caller left.
+        """
+        async with serving(stream(OPEN, block(1), then="hold")) as server:
+            await take(1, server.url)
+            await asyncio.wait_for(server.left.wait(), 2)
+
+
+class TestWaiting:
+    async def test_retry_is_honoured(self):
+        """
+        After an opened stream the wait is what `retry:` says, and up to half more.
+        """
+        async with serving(stream(OPEN, b"retry: 400\n\n")) as server:
+            [(cause, seconds)] = await waits_of(server.url, 1)
+
+        assert "the stream ended" == cause
+        assert 0.4 <= seconds <= 0.6
+
+    async def test_failures_wait_longer_and_longer(self):
+        """
+        Each failure doubles the wait, to 30 seconds; a soft fail is one.
+        """
+        async with serving(status(503)) as server:
+            random.seed(1)
+            with_sleep = [client_module._wait_seconds(1, failures, 0) for failures in range(12)]
+            waits = await waits_of(server.url, 3, retry_ms=2)
+
+        assert all(2**n <= seconds <= 1.5 * 2**n for n, seconds in enumerate(with_sleep[:5]))
+        assert all(30 <= seconds <= 45 for seconds in with_sleep[5:])
+        assert [0.002, 0.004, 0.008] == pytest.approx([s for _, s in waits], rel=0.5)
+        assert waits[2][1] >= 0.008
+        async with serving(stream(b"retry: 2\n\n")) as server:
+            assert (await waits_of(server.url, 3))[2][1] >= 0.008
+
+    async def test_an_event_ends_the_failures(self):
+        """
+        After a stream that opened, waiting begins anew.
+        """
+        async with serving(status(503), status(503), stream(OPEN)) as server:
+            waits = await waits_of(server.url, 3, retry_ms=100 / 3)
+
+        assert waits[2][1] <= 0.0015
+
+    async def test_retry_zero_is_no_tight_loop(self, monkeypatch):
+        """
+        A server that sends `retry: 0` and ends every stream is not called without a pause.
+        """
+        monkeypatch.undo()
+        async with serving(stream(OPEN, b"retry: 0\n\n")) as server:
+            assert (await waits_of(server.url, 2))[1][1] >= 0.05
+
+    async def test_endless_retry(self):
+        """
+        A reconnection time that overflows timers is a day.
+        """
+        async with serving(stream(b"retry: 99999999999999999999\n\n")) as server:
+            assert 86_400 == (await waits_of(server.url, 1))[0][1]
+
+    @pytest.mark.parametrize("code", [429, 503])
+    async def test_retry_after(self, code):
+        """
+        Retry-After is respected, in seconds or as a date, and spread.
+        """
+        date = formatdate(time.time() + 9, usegmt=True)
+        for value, least in (("7", 7), (date, 7.5), ("soon", 0.001), ("-3", 0.001)):
+            async with serving(status(code, f"Retry-After: {value}")) as server:
+                [(_, seconds)] = await waits_of(server.url, 1, retry_ms=1)
+            assert least <= seconds <= 1.5 * least + 3
+
+    async def test_many_clients_do_not_come_at_once(self):
+        """
+        Waits of the same length are spread over half as much again.
+        """
+        waits = sorted(client_module._wait_seconds(1, 0, 0) for _ in range(1000))
+
+        assert waits[100] < 1.1
+        assert waits[900] > 1.4
+
+
+class TestPublish:
+    async def test_one(self):
+        """
+        One event goes out as one JSON object, with a key.
+        """
+        async with serving(accepted(["e:1-0"])) as server:
+            ids = await publish(server.url + "/", {**EVENT, "data": "ü"}, headers={"X-A": "b"})
+
+        assert ["e:1-0"] == ids
+        request = server.requests[0]
+        assert ("POST", "/publish") == (request.method, request.path)
+        assert {"topics": ["logs"], "data": "ü"} == request.json
+        assert "application/json" == request.headers["content-type"]
+        assert "b" == request.headers["x-a"]
+        assert len(request.headers["idempotency-key"]) >= 20
+
+    async def test_several_and_keys(self):
+        """
+        Several events are one request; every call has a key of its own, unless it is given.
+        """
+        async with serving(accepted(["e:1", "e:2"])) as server:
+            for key in (None, None, "mine"):
+                assert ["e:1", "e:2"] == await publish(server.url, [EVENT, EVENT], key=key)
+
+        first, second, third = [request.headers["idempotency-key"] for request in server.requests]
+        assert first != second
+        assert "mine" == third
+        assert [EVENT, EVENT] == server.requests[0].json
+
+    @pytest.mark.parametrize(
+        "failure", [dropped, status(500), status(503), status(504), status(429)]
+    )
+    async def test_retried_under_one_key(self, failure):
+        """
+        A lost answer is asked for again with the same key and the same bytes, so it counts once.
+        """
+        async with serving(failure, failure, accepted()) as server:
+            assert ["e:1-0"] == await publish(server.url, EVENT)
+
+        assert 3 == len(server.requests)
+        assert 1 == len({request.headers["idempotency-key"] for request in server.requests})
+        assert 1 == len({request.body for request in server.requests})
+
+    async def test_no_answer(self, monkeypatch):
+        """
+        A server that keeps silent is asked again.
+        """
+        monkeypatch.setattr(client_module, "ATTEMPT_SECONDS", 0.1)
+        async with serving(silent, accepted()) as server:
+            assert ["e:1-0"] == await publish(server.url, EVENT)
+
+    async def test_server_that_is_not_there(self):
+        """
+        At the deadline it is said that nothing was published, and why.
+        """
+        causes = []
+        started = time.monotonic()
+
+        with pytest.raises(GaveUp, match="were not published") as gave_up:
+            await publish(
+                f"http://127.0.0.1:{free_port()}",
+                EVENT,
+                timeout_seconds=0.5,
+                on_wait=lambda cause, _: causes.append(cause),
+            )
+
+        assert not gave_up.value.uncertain
+        assert 0.5 <= time.monotonic() - started < 2
+        assert len(causes) >= 2
+
+    async def test_deadline_with_a_lost_answer(self):
+        """
+        At the deadline it is said that they may have been published, and under which key.
+        """
+        async with serving(dropped) as server:
+            with pytest.raises(GaveUp, match="may or may not have been published") as gave_up:
+                await publish(server.url, EVENT, timeout_seconds=0.3)
+
+        assert gave_up.value.uncertain
+        assert server.requests[0].headers["idempotency-key"] == gave_up.value.key
+
+    async def test_no_attempt_after_the_key_may_be_forgotten(self, monkeypatch):
+        """
+        Once an answer was lost, attempts end before the server forgets the key.
+        """
+        monkeypatch.setattr(client_module, "KEY_KEPT_SECONDS", 0.3)
+        started = time.monotonic()
+        async with serving(status(429), dropped) as server:
+            with pytest.raises(GaveUp):
+                await publish(server.url, EVENT, timeout_seconds=60)
+
+        assert time.monotonic() - started < 3
+
+    async def test_retry_after(self):
+        """
+        Retry-After is respected; one beyond the deadline is not waited for.
+        """
+        waits = []
+        async with serving(status(429, "Retry-After: 1"), accepted()) as server:
+            await publish(server.url, EVENT, on_wait=lambda _, seconds: waits.append(seconds))
+        assert 1 <= waits[0] <= 1.5
+
+        async with serving(status(429, "Retry-After: 60")) as server:
+            with pytest.raises(GaveUp, match="429") as gave_up:
+                await publish(server.url, EVENT, timeout_seconds=30)
+        assert not gave_up.value.uncertain
+
+    async def test_refused(self):
+        """
+        Events that the server does not want are not sent again.
+        """
+        problem = {"detail": "topic must be short. Shorten it."}
+        async with serving(status(400, body=problem)) as server:
+            with pytest.raises(Refused, match="topic must be short"):
+                await publish(server.url, EVENT)
+        assert 1 == len(server.requests)
+
+        async with serving(status(301, "Location: /elsewhere")) as server:
+            with pytest.raises(Refused, match="give the address /elsewhere instead"):
+                await publish(server.url, EVENT)
+
+        async with serving(status(200, body={"hello": "world"})) as server:
+            with pytest.raises(Refused, match="holds no ids"):
+                await publish(server.url, EVENT)
+
+    async def test_text_that_utf_8_cannot_carry(self):
+        """
+        A lone surrogate is refused here, before anything is sent.
+        """
+        async with serving(accepted()) as server:
+            with pytest.raises(ValueError, match="surrogates"):
+                await publish(server.url, {**EVENT, "data": "\ud800"})
+
+        assert [] == server.requests
