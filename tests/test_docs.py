@@ -1,0 +1,87 @@
+"""What the README says is what the code does."""
+
+import re
+import sys
+from pathlib import Path
+
+from app.problem import Problem
+from app.settings import Settings, rules, variable
+from app.stream import REASONS
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def settings_table() -> str:
+    """Return the table of all settings, made from `app.settings`."""
+    rows = ["| Variable | Default | Range | |", "|---|---|---|---|"]
+    for name, rule in rules():
+        default = getattr(Settings, name)
+        if rule.kind == "switch":
+            shown, span = ("on" if default else "off"), "on, off"
+        elif rule.kind == "choice":
+            shown, span = default, ", ".join(rule.choices)
+        elif rule.kind == "text":
+            shown, span = default, ""
+        else:
+            unit = " s" if rule.kind == "seconds" else ""
+            shown, span = f"{default:.15g}", f"{rule.low:.15g} to {rule.high:.15g}{unit}"
+        rows.append(f"| `{variable(name)}` | {f'`{shown}`' if shown else 'empty'} | {span} | {rule.about} |")
+    return "\n".join(rows)
+
+
+class TestReadme:
+    def test_settings(self):
+        """The table is made from the settings. `python tests/test_docs.py` writes it anew."""
+        table = README.split("<!-- settings", 1)[1].split("-->\n", 1)[1].split("\n<!-- end", 1)[0]
+
+        assert settings_table() == table
+
+    def test_problem_types(self):
+        """Every problem type of the code is explained, and no other."""
+        used = set()
+        for path in (ROOT / "app").glob("*.py"):
+            used |= set(re.findall(r'(?:Problem|cls)\(\s*(\d{3}, "[a-z-]+")', path.read_text()))
+        # Not a type of its own: its fields travel in a `stream.reset`.
+        used.discard('410, "history-lost"')
+        shown = {
+            f'{status}, "{slug}"'
+            for slug, status in re.findall(r"`urn:sse-kit:([a-z-]+)` \| (\d{3})", README)
+        }
+
+        assert used == shown
+
+    def test_type_of_a_problem(self):
+        """The documented name is what stands in the document."""
+        fields = Problem(400, "invalid", "topic", "must be one", 1, "Send one.").fields()
+
+        assert "urn:sse-kit:invalid" == fields["type"]
+
+    def test_reasons(self):
+        """Every reason that is explained is one that a stream can have."""
+        section = README.split("## How a stream ends", 1)[1].split("\n## ", 1)[0]
+
+        assert set(re.findall(r"^\| `([a-z_]+)`", section, re.M)) <= set(REASONS)
+
+    def test_links(self):
+        """Every relative link of every README leads somewhere."""
+        for readme in [*ROOT.glob("*.md"), *ROOT.glob("*/README.md"), *ROOT.glob("*/*/README.md")]:
+            for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", readme.read_text()):
+                assert (readme.parent / target).exists(), f"{readme.name}: {target}"
+
+    def test_make_targets(self):
+        """Every `make x` in the README is a target of the Makefile."""
+        makefile = (ROOT / "Makefile").read_text()
+
+        for target in set(re.findall(r"`make ([a-z-]+)", README)):
+            assert re.search(rf"^{target}:", makefile, re.M), target
+
+
+if __name__ == "__main__":
+    before, rest = README.split("<!-- settings", 1)
+    comment, rest = rest.split("-->\n", 1)
+    after = rest.split("<!-- end", 1)[1]
+    sys.stdout.write(settings_table() + "\n")
+    (ROOT / "README.md").write_text(
+        f"{before}<!-- settings{comment}-->\n{settings_table()}\n<!-- end{after}"
+    )
