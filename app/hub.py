@@ -205,10 +205,16 @@ class Hub:
             stream.pending += block
             self._queue(stream)
 
-    def announce(self, block: bytes) -> None:
-        """Write *block*, which carries no id, to all streams."""
+    def announce(self, block: bytes) -> Iterator[None]:
+        """Write *block*, which carries no id, to all streams. Yields as `flush` does."""
         piece = Piece(block)
-        for stream in list(self.streams.values()):
+        until = self.clock() + self.pace.slice
+        for count, stream in enumerate(list(self.streams.values())):
+            if count % _STRIDE == 0 and self.clock() > until:
+                yield
+                until = self.clock() + self.pace.slice
+            if stream.state is ENDED:
+                continue
             if stream.state is LIVE:
                 self._write(stream, piece)
             else:
@@ -462,6 +468,9 @@ class Hub:
         if stream.on_end is not None:
             stream.on_end(stream)
         self.ended(stream)
+        # The sink knows the stream: let go, so that both are freed at once and
+        # not when the cyclic collector comes by.
+        stream.sink = None  # type: ignore[assignment]
 
 
 def _piece(entries: Sequence[Entry]) -> Piece:

@@ -8,6 +8,7 @@ elsewhere a position is opaque and has an order.
 
 import hashlib
 import re
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -75,13 +76,18 @@ class Batch:
     drafts: tuple[Draft, ...]
     key: str
     fingerprint: str
+    # A key that this process made for its own retries is not worth keeping long.
+    own_key: bool
 
     @classmethod
-    def of(cls, drafts: Sequence[Draft], key: str) -> "Batch":
+    def of(cls, drafts: Sequence[Draft], key: str | None = None) -> "Batch":
+        """Return *drafts* as a batch under the client's *key*, or one made here."""
         digest = hashlib.sha256()
         for draft in drafts:
             digest.update(repr(draft).encode("utf-8", "surrogatepass"))
-        return cls(tuple(drafts), key, digest.hexdigest()[:32])
+        own = key is None
+        name = f"own:{secrets.token_hex(16)}" if own else f"client:{key}"
+        return cls(tuple(drafts), name, digest.hexdigest()[:32], own)
 
 
 class Log(Protocol):

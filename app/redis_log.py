@@ -104,6 +104,7 @@ class RedisLog:
         self._timeout = timeout_seconds
         self._publish_timeout = publish_timeout_seconds
         self._idempotency_ms = int(idempotency_seconds * 1000)
+        self._own_key_ms = int(publish_timeout_seconds * 2000) + 1000
         self._max_topics = max_topics
         self._max_event_bytes = max_event_bytes
         self._logger = logger or structlog.get_logger()
@@ -134,7 +135,7 @@ class RedisLog:
         args: list[str | int] = [
             secrets.token_hex(4),
             batch.fingerprint,
-            self._idempotency_ms,
+            self._own_key_ms if batch.own_key else self._idempotency_ms,
             len(batch.drafts),
         ]
         for draft in batch.drafts:

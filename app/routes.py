@@ -4,8 +4,8 @@ The HTTP edge: what is asked is checked here, and answered or refused.
 
 import json
 import re
-import secrets
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 from urllib.parse import quote
@@ -51,11 +51,9 @@ def routes(kit: Kit) -> Blueprint:
         topics = _topics(settings.max_topics, user)
         if request.method == "HEAD":
             return _head(Response(b""))
-        cursor, resumed_from, reset = await _resume(kit)
-        stream = Stream(
-            kit.next_stream_id(), topics, cursor, user=user, resumed_from=resumed_from
-        )
-        response = _head(Response(_body(kit, stream, reset, request.scope)))
+        place = await _place(kit)
+        stream = Stream(kit.next_stream_id(), topics, user=user, resumed_from=place.asked)
+        response = _head(Response(_body(kit, stream, place, request.scope)))
         response.timeout = None
         return response
 
@@ -69,7 +67,7 @@ def routes(kit: Kit) -> Blueprint:
                 key, "A UUID is a good one.",
             )
         try:
-            ids = await kit.log.publish(Batch.of(drafts, key or "-" + secrets.token_hex(16)))
+            ids = await kit.log.publish(Batch.of(drafts, key))
         except IdempotencyConflict:
             raise Problem(
                 422, "idempotency-conflict", "Idempotency-Key", "was used with other events before",
@@ -156,13 +154,33 @@ def routes(kit: Kit) -> Blueprint:
     return pages
 
 
-async def _body(kit: Kit, stream: Stream, reset: str, scope: Any) -> AsyncIterator[bytes]:
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a stream begins. The cursor holds as long as the window was not reset."""
+
+    asked: str = ""
+    cursor: int | None = None  # None: at the window's end, whatever that is by then
+    resets: int = 0
+    lost: str = ""  # why the position that was asked for is none
+
+
+async def _body(kit: Kit, stream: Stream, place: _Place, scope: Any) -> AsyncIterator[bytes]:
     """
     Run one stream: by hand-off where that can be, else as this very generator.
 
     Called when the head is out. Nothing of Quart's context is used here.
     """
     hub, settings = kit.hub, kit.settings
+    lost = place.lost
+    stream.cursor = hub.window.end
+    if place.cursor is not None:
+        # Some turns of the event loop have passed since it was found.
+        if place.resets != hub.window.resets:
+            lost = "epoch_changed"
+        elif place.cursor < hub.window.first:
+            lost = "history_lost"
+        else:
+            stream.cursor = place.cursor
     preamble = encode(
         id=hub.window.id_at(stream.cursor),
         event="stream.open",
@@ -179,8 +197,14 @@ async def _body(kit: Kit, stream: Stream, reset: str, scope: Any) -> AsyncIterat
             int(hub.random.uniform(settings.retry_ms, 2 * settings.retry_ms)),
         ),
     )
-    if reset:
-        preamble += hub.reset_block(**json.loads(reset))
+    if lost:
+        preamble += hub.reset_block(
+            lost,
+            name="Last-Event-ID",
+            rule=_LOST[lost],
+            value=place.asked,
+            cure="Fetch your state again; this stream goes on from now.",
+        )
     taken: bool | None = False
     if settings.handoff == "auto":
         taken = take_over(
@@ -191,14 +215,22 @@ async def _body(kit: Kit, stream: Stream, reset: str, scope: Any) -> AsyncIterat
     if taken:
         kit.tally.handed_off += 1
         _opened(kit, stream, "handoff")
-        hub.add(stream, preamble)
+        _begin(kit, stream, preamble)
         return
     pulled = Pulled(stream, hub)
     stream.sink = pulled
     _opened(kit, stream, "generator")
-    hub.add(stream, preamble)
+    _begin(kit, stream, preamble)
     async for data in pulled.body():
         yield data
+
+
+def _begin(kit: Kit, stream: Stream, preamble: bytes) -> None:
+    kit.hub.add(stream, preamble)
+    if kit.draining:
+        # The door was passed before the drain began, and the drain is over or
+        # has not seen this stream.
+        kit.hub.end(stream, "draining", kit.hub.farewell())
 
 
 def _opened(kit: Kit, stream: Stream, path: str) -> None:
@@ -265,9 +297,8 @@ def _topics(most: int, user: str | None) -> tuple[str, ...]:
     return tuple(asked)
 
 
-async def _resume(kit: Kit) -> tuple[int, str, str]:
-    """Return the cursor to begin at, what the client asked for, and a reset's detail."""
-    window = kit.hub.window
+async def _place(kit: Kit) -> _Place:
+    """Return where the stream that is asked for begins."""
     asked = request.args.get("last_event_id")
     if asked is not None and not _POSITION.fullmatch(asked):
         raise Problem(
@@ -276,31 +307,27 @@ async def _resume(kit: Kit) -> tuple[int, str, str]:
         )
     # The header comes with a browser's own reconnect, to the same address as
     # before: it is the newer one.
-    header = request.headers.get("Last-Event-ID")
-    if header:
-        asked = header
+    asked = request.headers.get("Last-Event-ID") or asked
     if not asked:
-        return window.end, "", ""
+        return _Place()
     kit.tally.resumed += 1
+    shown = asked[:200]
     if asked == "earliest":
-        return window.first, asked, ""
+        return _Place(shown, kit.window.first, kit.window.resets)
+    if not _POSITION.fullmatch(asked):
+        # In a header this is never refused by status: a native EventSource
+        # that comes from another server would give up for ever.
+        return _Place(shown, lost="unknown_position")
     try:
-        # In a header, nothing but ours is refused by status: a native
-        # EventSource would give up for ever.
-        found = await kit.reader.located(asked) if _POSITION.fullmatch(asked) else "unknown_position"
+        found = await kit.reader.located(asked)
     except LogUnavailable:
         raise Problem(
             503, "log-unavailable", "position", "could not be checked: the log does not answer", asked,
             "Connect again with the same Last-Event-ID.", {"Retry-After": "1"},
         ) from None
-    if isinstance(found, int):
-        return found, asked, ""
-    detail = Problem(
-        410, "history-lost", "Last-Event-ID", _LOST[found], asked[:200],
-        "Fetch your state again; this stream goes on from now.",
-    ).fields()
-    reset = {key: detail[key] for key in ("name", "rule", "value", "cure")}
-    return window.end, asked[:200], json.dumps({"reason": found, **reset})
+    if isinstance(found, str):
+        return _Place(shown, lost=found)
+    return _Place(shown, found, kit.window.resets)
 
 
 _LOST = {

@@ -23,6 +23,7 @@ from app import handoff, journal
 from app.event import encode
 from app.factory import create_app
 from app.kit import Kit
+from app.reader import finish
 from app.settings import Settings
 
 # Longest that a listen queue may grow. The kernel caps it at net.core.somaxconn.
@@ -109,7 +110,7 @@ async def drain(kit: Kit) -> None:
     kit.logger.info("draining", streams=len(streams), seconds=settings.drain_seconds)
     if streams:
         lead = min(settings.drain_lead_seconds, settings.drain_seconds)
-        hub.announce(encode(event="stream.draining", data=f'{{"seconds": {lead:g}}}'))
+        await finish(hub.announce(encode(event="stream.draining", data=f'{{"seconds": {lead:g}}}')))
         await asyncio.sleep(lead)
         hub.random.shuffle(streams)
         left = settings.drain_seconds - lead

@@ -6,9 +6,15 @@ fractions, so that tests run the whole ladder scaled down.
 """
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
+
+
+# Kubernetes gives every pod variables for every Service: SSE_APP_SERVICE_HOST
+# and the like, for one that is called sse-app.
+_SERVICE_LINK = re.compile(r"_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP)(_\w+)?)?)$")
 
 
 class SettingError(ValueError):
@@ -153,6 +159,8 @@ def load(environ: Mapping[str, str] | None = None) -> Settings:
         if not key.startswith("SSE_"):
             continue
         if key not in known:
+            if _SERVICE_LINK.search(key):
+                continue
             raise SettingError(key, "a known setting", text, _nearest(key, known))
         name, rule = known[key]
         values[name] = _parse(key, rule, text.strip())

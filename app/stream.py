@@ -91,7 +91,7 @@ class Stream:
         self,
         id: str,
         topics: tuple[str, ...],
-        cursor: int,
+        cursor: int = 0,
         *,
         user: str | None = None,
         resumed_from: str = "",

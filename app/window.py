@@ -45,6 +45,7 @@ class Window:
         first: ordinal of the oldest entry.
         end: ordinal that the next entry will get.
         bytes: estimated memory of all entries.
+        resets: how often it was filled anew; cursors of before mean nothing after.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -52,6 +53,7 @@ class Window:
         self.first = 0
         self.end = 0
         self.bytes = 0
+        self.resets = 0
         self.max_bytes = max_bytes
         self._entries: list[Entry] = []
         self._start = 0  # index of `first` in _entries; what is before it is gone
@@ -66,6 +68,7 @@ class Window:
     def reset(self, epoch: str, boundary: Any, boundary_id: str) -> None:
         """Forget all entries; the next one follows *boundary* in the history *epoch*."""
         self.epoch = epoch
+        self.resets += 1
         self._entries = []
         self._start = 0
         self._lines = {}
