@@ -1,0 +1,174 @@
+#!/bin/sh
+# Install programs of the system that are missing, by the system's package manager.
+#
+#   .make/packages.sh stack        nginx, and Redis or Valkey
+#   .make/packages.sh stack test   these, and what the tests drive
+#   .make/packages.sh venv PYTHON  the part of PYTHON that makes environments
+#
+# Knows apt-get; elsewhere it says what to install. Never starts or enables a
+# service: the kit runs these programs itself, on ports of its own.
+set -eu
+cd "$(dirname "$0")/.."
+
+say() { printf '%s\n' "$*"; }
+fail() { printf '%s\n' "$*" >&2; exit 1; }
+# Debian keeps servers in sbin, which is not on an ordinary user's PATH.
+have() { PATH=$PATH:/usr/sbin:/sbin:/usr/local/sbin command -v "$1" >/dev/null 2>&1; }
+candidate() { LC_ALL=C apt-cache policy "$1" 2>/dev/null | grep -q 'Candidate: [^(]'; }
+installed() { [ "$(dpkg-query -W -f '${db:Status-Status}' "$1" 2>/dev/null)" = installed ]; }
+
+# --- As root: apt-get, with its lock waited for and its services kept quiet
+
+policy=/usr/sbin/policy-rc.d
+mark='# sse-kit: temporary, while packages are installed'
+
+# apt-get waits for dpkg's lock by itself, but not for that of its lists.
+apt() {
+    log=$(mktemp)
+    tries=100
+    until DEBIAN_FRONTEND=noninteractive NEEDRESTART_SUSPEND=1 apt-get -q -y \
+        -o DPkg::Lock::Timeout=300 -o Dpkg::Use-Pty=0 \
+        -o Dpkg::Options::=--force-confdef -o Dpkg::Options::=--force-confold \
+        "$@" >"$log" 2>&1 </dev/null; do
+        tries=$((tries - 1))
+        if [ $tries -eq 0 ] || ! grep -q -E 'Could not get lock|Unable to lock' "$log"; then
+            tail -n 20 "$log" >&2
+            rm -f "$log"
+            return 1
+        fi
+        sleep 3
+    done
+    rm -f "$log"
+}
+
+quiet_services() {
+    # A killed run of ours left it; nobody else is here, we hold the lock.
+    if grep -q "$mark" "$policy" 2>/dev/null; then rm -f "$policy"; fi
+    if [ -e "$policy" ]; then
+        # Somebody else's policy stays. Container images have one that forbids
+        # all starts, which is all we want.
+        code=0
+        "$policy" nginx start >/dev/null 2>&1 || code=$?
+        [ $code -eq 101 ] || fail "$policy must forbid to start services, but allows it (exit $code)." \
+            "It is not ours to change; install these yourself, then run make again: $*"
+    else
+        new=$(mktemp "$policy.XXXXXX")
+        printf '#!/bin/sh\n%s\nexit 101\n' "$mark" >"$new"
+        chmod 755 "$new"
+        ln "$new" "$policy" || true # fails, rather than overwrites
+        rm -f "$new"
+    fi
+}
+
+# The policy stops starts only. That a service is enabled for the next boot is
+# the package's own doing, so it is undone for what we brought in.
+restore() {
+    if grep -q "$mark" "$policy" 2>/dev/null; then rm -f "$policy"; fi
+    for service in $new_services; do
+        if [ -e "/etc/init.d/$service" ]; then
+            update-rc.d "$service" disable >/dev/null 2>&1 || true
+            deb-systemd-helper disable "$service.service" >/dev/null 2>&1 || true
+        fi
+    done
+}
+
+as_root() {
+    # One at a time, also for two clones; a lock on a folder leaves no file.
+    exec 9</usr/sbin
+    flock 9
+    wanted='' new_services=''
+    for package; do
+        installed "$package" && continue
+        wanted="$wanted $package"
+        case $package in nginx | *-server) new_services="$new_services $package" ;; esac
+    done
+    [ -n "$wanted" ] || return 0
+    trap restore EXIT
+    trap 'exit 130' INT
+    trap 'exit 143' TERM HUP
+    quiet_services "$wanted"
+    # Lists may name packages that the mirror has replaced: once more with new ones.
+    # shellcheck disable=SC2086 # words, not one argument
+    apt install --no-install-recommends $wanted ||
+        { apt update && apt install --no-install-recommends $wanted; }
+}
+
+if [ "${1:-}" = as-root ]; then
+    shift
+    as_root "$@"
+    exit
+fi
+
+install() {
+    say "Installing with apt-get: $*. Nothing is started or enabled."
+    if [ "$(id -u)" -eq 0 ]; then
+        sh .make/packages.sh as-root "$@"
+    elif have sudo && { [ -t 0 ] || sudo -n true 2>/dev/null; }; then
+        sudo sh .make/packages.sh as-root "$@"
+    else
+        say "Only root may install, and sudo is not possible here. As root: apt-get install $*" >&2
+        return 1
+    fi
+}
+
+# Lists that are absent or old know no packages. As root only, like apt-get.
+refresh() {
+    for package; do
+        candidate "$package" && return
+    done
+    if [ "$(id -u)" -eq 0 ]; then apt update
+    elif have sudo && { [ -t 0 ] || sudo -n true 2>/dev/null; }; then sudo apt-get -qq update
+    fi || true
+}
+
+# --- What is missing?
+
+case ${1:-} in
+venv)
+    python=$2
+    version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+    have apt-get && [ "$("$python" -c 'import sys; print(sys.base_prefix)')" = /usr ] ||
+        fail "$python must be able to make virtual environments, but its ensurepip or venv is missing." \
+            "Install the package that has it."
+    refresh "python$version-venv"
+    install "python$version-venv" || fail "$python needs its venv module, which could not be installed (see above)."
+    ;;
+stack)
+    required='' optional='' brew=''
+    have nginx || { required="$required nginx" brew="$brew nginx"; }
+    have redis-server || have valkey-server || { required="$required redis-server" brew="$brew redis"; }
+    if [ "${2:-}" = test ]; then
+        have chromium || optional="$optional chromium"
+        have firefox-esr || optional="$optional firefox-esr"
+        have ip || optional="$optional iproute2"
+        have nft || optional="$optional nftables"
+    fi
+    [ -n "$required$optional" ] || exit 0
+    if ! have apt-get; then
+        [ -z "$required" ] && exit 0 # tests without their tool are skipped, by name
+        case $(uname) in
+            Darwin) fail "Programs are missing. Run: brew install$brew" ;;
+            *) fail "Programs must be installed that only your package manager can bring:$brew (or valkey)." ;;
+        esac
+    fi
+    # shellcheck disable=SC2086 # words, not one argument
+    refresh $required $optional
+    case $required in
+        *redis-server*) candidate redis-server || ! candidate valkey-server ||
+            required=$(say "$required" | sed 's/redis-server/valkey-server/') ;;
+    esac
+    # Browsers and network tools only serve tests, which are skipped without
+    # them; Ubuntu, for one, has no browser as a package.
+    for package in $optional; do
+        if candidate "$package"; then required="$required $package"
+        else say "Not to be had here: $package. Tests that need it are skipped."; fi
+    done
+    [ -n "$required" ] || exit 0
+    # shellcheck disable=SC2086 # words, not one argument
+    install $required || {
+        [ -z "$brew" ] || fail "nginx and Redis must be installed for this (see above)."
+        say "Tests without their tool are skipped."
+    }
+    ;;
+*) fail "packages.sh takes stack, stack test or venv PYTHON, got '$*'." ;;
+esac

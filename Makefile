@@ -1,0 +1,93 @@
+# Every task of the kit; `make` alone lists them.
+#
+# Nothing is installed globally except missing programs of the system (nginx,
+# Redis; for tests browsers), by its package manager and with a sentence.
+
+# The port of the stack; stacks on different ports live beside each other.
+PORT ?= 8080
+# Application processes of `make up`.
+APPS ?= 2
+# What `make test` runs, and on how many processes: tests wait more than they
+# compute, so one more than two cores.
+TESTS ?= tests
+WORKERS ?= 3
+# `make bench`: 1 for a fifth of the streams, in under 5 minutes.
+QUICK ?=
+
+PYTHON := .venv/bin/python
+STACK := $(PYTHON) -m app.stack
+
+.DEFAULT_GOAL := help
+
+##@ Start
+
+.PHONY: help
+help: ## Show this list.
+	@awk 'BEGIN { FS = ":.*## " } \
+	  /^##@ / { printf "\n%s\n", substr($$0, 5) } \
+	  /^[a-z0-9-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+.PHONY: up
+up: stack-packages venv ## Start Redis, APPS=2 processes and nginx on PORT=8080.
+	@$(STACK) up --port $(PORT) --apps $(APPS)
+
+.PHONY: down
+down: ## End what `make up` started on PORT, and only that.
+	@if [ -x $(PYTHON) ]; then $(STACK) down --port $(PORT); else echo "Nothing was ever started here."; fi
+
+.PHONY: run
+run: venv ## One process on PORT, log in memory; no Redis, no nginx.
+	@SSE_PORT=$(PORT) exec $(PYTHON) -m app
+
+##@ Look
+
+.PHONY: status
+status: venv ## Show the parts of the stack on PORT.
+	@$(STACK) status --port $(PORT)
+
+.PHONY: logs
+logs: venv ## Follow all logs of the stack on PORT.
+	@$(STACK) logs --port $(PORT)
+
+.PHONY: feed
+feed: venv ## Publish the stack's own access log, live, into the topic `logs`.
+	@$(STACK) feed --port $(PORT)
+
+##@ Check
+
+.PHONY: test
+test: test-packages test-venv ## Run all tests (TESTS=tests/test_stack.py: one file).
+	@$(PYTHON) -m pytest -n $(WORKERS) --dist worksteal $(TESTS)
+
+.PHONY: lint
+lint: test-venv ## Check style, types and who may import what.
+	@$(PYTHON) -m ruff check
+	@$(PYTHON) -m mypy
+	@.venv/bin/lint-imports
+
+.PHONY: bench
+bench: test-packages test-venv ## Measure against the peers (QUICK=1: under 5 minutes).
+	@QUICK=$(QUICK) $(PYTHON) -m loadtest.bench
+
+##@ Maintain
+
+.PHONY: lock
+lock: test-venv ## Write both requirements.txt anew, with hashes.
+	@.make/lock.sh
+
+.PHONY: clean
+clean: ## End every stack of this clone and remove all that make made.
+	@if [ -x $(PYTHON) ]; then $(STACK) down --all; fi
+	@rm -rf .venv .python .run .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	@find app loadtest tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Not for the list: what the targets above need first.
+.PHONY: stack-packages test-packages venv test-venv
+stack-packages:
+	@.make/packages.sh stack
+test-packages:
+	@.make/packages.sh stack test
+venv:
+	@.make/python.sh run
+test-venv:
+	@.make/python.sh test
