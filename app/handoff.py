@@ -84,7 +84,9 @@ class Connection(asyncio.Protocol):
         if sent == len(chunk):
             return True
         self._put(memoryview(chunk)[sent:])
-        return False
+        # The client may have made room since: then the transport sent the rest
+        # at once, never paused, and no `resume_writing` would ever come.
+        return self._transport.get_write_buffer_size() == 0
 
     def close(self, piece: Piece | None) -> None:
         self._put(_LAST_CHUNK if piece is None else piece.chunk + _LAST_CHUNK)
