@@ -6,9 +6,10 @@ No framework: a client must also cope with what no correct server would send.
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 TEST_DEADLINE_SECONDS = 15
@@ -23,11 +24,26 @@ class Request:
     body: bytes
 
     @property
-    def json(self):
+    def json(self) -> Any:
         return json.loads(self.body)
 
+    @property
+    def events(self) -> list[dict[str, Any]]:
+        """What a publish carries, one event or several."""
+        return self.json if isinstance(self.json, list) else [self.json]
 
-type Answer = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[bool]]
+
+@dataclass
+class Exchange:
+    """One request, and where its answer goes."""
+
+    request: Request
+    reader: asyncio.StreamReader
+    writer: asyncio.StreamWriter
+
+
+# Returns whether the connection may serve another request.
+type Answer = Callable[[Exchange], Awaitable[bool]]
 
 
 @dataclass
@@ -45,7 +61,7 @@ class Server:
             while request := await read_request(reader):
                 self.requests.append(request)
                 at = min(len(self.requests), len(self.answers)) - 1
-                if not await self.answers[at](reader, writer):
+                if not await self.answers[at](Exchange(request, reader, writer)):
                     break
         except ConnectionError:
             pass
@@ -81,7 +97,7 @@ async def serving(*answers: Answer, port: int = 0) -> AsyncGenerator[Server]:
         listener.close_clients()
 
 
-# --- Answers: each returns whether the connection may serve another request ---
+# --- Answers ---
 
 
 def stream(*chunks: bytes | float, then: str = "end", head: str = "") -> Answer:
@@ -91,7 +107,8 @@ def stream(*chunks: bytes | float, then: str = "end", head: str = "") -> Answer:
     *then*: ``end`` is a clean end, ``cut`` one in the middle, ``hold`` stays silent.
     """
 
-    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+    async def answer(exchange: Exchange) -> bool:
+        writer = exchange.writer
         writer.write(
             b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream; charset=utf-8\r\n"
             b"Connection: close\r\nTransfer-Encoding: chunked\r\n" + head.encode() + b"\r\n"
@@ -106,7 +123,7 @@ def stream(*chunks: bytes | float, then: str = "end", head: str = "") -> Answer:
             writer.write(b"0\r\n\r\n")
         await writer.drain()
         if then == "hold":
-            await silent(reader, writer)
+            await silent(exchange)
         return False
 
     return answer
@@ -115,29 +132,30 @@ def stream(*chunks: bytes | float, then: str = "end", head: str = "") -> Answer:
 def status(code: int, *headers: str, body: object = None, kind: str = "application/json") -> Answer:
     """A complete answer with a JSON body."""
 
-    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+    async def answer(exchange: Exchange) -> bool:
         content = b"" if body is None else json.dumps(body).encode()
         lines = [f"HTTP/1.1 {code} Status {code}", *headers, f"Content-Length: {len(content)}"]
         lines += [f"Content-Type: {kind}"] if body is not None else []
-        writer.write("\r\n".join([*lines, "", ""]).encode() + content)
-        await writer.drain()
+        exchange.writer.write("\r\n".join([*lines, "", ""]).encode() + content)
+        await exchange.writer.drain()
         return True
 
     return answer
 
 
-async def dropped(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+async def dropped(exchange: Exchange) -> bool:
     """The request was read, and its answer is lost."""
-    writer.transport.abort()
+    exchange.writer.transport.abort()
     return False
 
 
-async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+async def silent(exchange: Exchange) -> bool:
     """No byte until the client leaves."""
-    await reader.read()
+    await exchange.reader.read()
     return False
 
 
-def accepted(ids: Iterable[str] = ("e:1-0",)) -> Answer:
-    """The answer to a publish."""
-    return status(201, body={"ids": list(ids)})
+async def accepted(exchange: Exchange) -> bool:
+    """The answer to a publish: one id for each event."""
+    count = len(exchange.request.events)
+    return await status(201, body={"ids": [f"e:{number}" for number in range(1, count + 1)]})(exchange)

@@ -42,53 +42,33 @@ CASES = {
     "format-bom before a comment": Case(b"\xef\xbb\xbf:\n\ndata: a\n\n", [message("a")]),
     "format-bom alone": Case(b"\xef\xbb\xbf"),
     "format-bom cut short by the end": Case(b"\xef\xbb"),
-    "format-bom begun, then something else": Case(
-        b"\xef\xbb\nid: 1\ndata: a\n\n", [message("a", "1")], "1"
-    ),
+    "format-bom begun, then something else": Case(b"\xef\xbb\nid: 1\ndata: a\n\n", [message("a", "1")], "1"),
     "format-bom-2: only one is dropped": Case(
         b"\xef\xbb\xbf\xef\xbb\xbfdata: lost\n\ndata: kept\n\n", [message("kept")]
     ),
-    "format-bom-2: inside a value it is text": Case(
-        b"data: \xef\xbb\xbfa\n\n", [message("\ufeffa")]
-    ),
+    "format-bom-2: inside a value it is text": Case(b"data: \xef\xbb\xbfa\n\n", [message("\ufeffa")]),
     "format-comments": Case(
         b": hello\ndata: a\r:\0\n:data: no\r\n:" + b"x" * 2100 + b"\n::\ndata: b\n: b\n\n",
         [message("a\nb")],
     ),
     "format-comments only": Case(b":\n\n: still here\r\n\r\n"),
-    "format-data-before-final-empty-line": Case(
-        b"data: a\n\nretry: 900\ndata: b\n", [message("a")], retry_ms=900
-    ),
-    "format-data-before-final-empty-line, cut in the line": Case(
-        b"data: a\n\ndata: b", [message("a")]
-    ),
+    "format-data-before-final-empty-line": Case(b"data: a\n\nretry: 900\ndata: b\n", [message("a")], retry_ms=900),
+    "format-data-before-final-empty-line, cut in the line": Case(b"data: a\n\ndata: b", [message("a")]),
     "format-field-data": Case(
         b"data:\n\ndata\ndata\n\ndata: a\ndata:\ndata: b\n\n",
         [message(""), message("\n"), message("a\n\nb")],
     ),
-    "format-field-data: an event without data is none": Case(
-        b"event: lost\n\ndata: a\n\n", [message("a")]
-    ),
-    "format-field-event": Case(
-        b"event: price\ndata: 1\n\ndata: 2\n\n", [("price", "1", ""), message("2")]
-    ),
-    "format-field-event: the last one counts": Case(
-        b"event: a\nevent: b\ndata: 1\n\n", [("b", "1", "")]
-    ),
-    "format-field-event-empty": Case(
-        b"event: a\nevent:\ndata: 1\n\nevent\ndata: 2\n\n", [message("1"), message("2")]
-    ),
+    "format-field-data: an event without data is none": Case(b"event: lost\n\ndata: a\n\n", [message("a")]),
+    "format-field-event": Case(b"event: price\ndata: 1\n\ndata: 2\n\n", [("price", "1", ""), message("2")]),
+    "format-field-event: the last one counts": Case(b"event: a\nevent: b\ndata: 1\n\n", [("b", "1", "")]),
+    "format-field-event-empty": Case(b"event: a\nevent:\ndata: 1\n\nevent\ndata: 2\n\n", [message("1"), message("2")]),
     "format-field-event: one space is a name": Case(b"event:  \ndata: 1\n\n", [(" ", "1", "")]),
-    "format-field-id": Case(
-        b"id: 7\ndata: a\n\ndata: b\n\n", [message("a", "7"), message("b", "7")], "7"
-    ),
+    "format-field-id": Case(b"id: 7\ndata: a\n\ndata: b\n\n", [message("a", "7"), message("b", "7")], "7"),
     "format-field-id-2: an empty id resets it": Case(
         b"id: 7\ndata: a\n\nid\ndata: b\n\nid: 8\nid:\ndata: c\n\n",
         [message("a", "7"), message("b"), message("c")],
     ),
-    "format-field-id-3: a block of only an id counts": Case(
-        b"id: 7\n\ndata: a\n\nid: 8\n\n", [message("a", "7")], "8"
-    ),
+    "format-field-id-3: a block of only an id counts": Case(b"id: 7\n\ndata: a\n\nid: 8\n\n", [message("a", "7")], "8"),
     "format-field-id-3: an id counts at its blank line": Case(
         b"id: 7\ndata: a\n\nid: 8\ndata: b\n", [message("a", "7")], "7"
     ),
@@ -115,52 +95,34 @@ CASES = {
         [message("a")],
         retry_ms=3000,
     ),
-    "format-field-retry-empty": Case(
-        b"retry: 700\nretry\nretry:\ndata: a\n\n", [message("a")], retry_ms=700
-    ),
-    "format-field-unknown": Case(
-        b"data: a\n data: b\ndata\ncolour: red\nI think\nid2: 9\n\n", [message("a\n")]
-    ),
-    "format-leading-space": Case(
-        b"data:\ta\rdata: a\ndata:  a\ndata:a \n\n", [message("\ta\na\n a\na ")]
-    ),
+    "format-field-retry-empty": Case(b"retry: 700\nretry\nretry:\ndata: a\n\n", [message("a")], retry_ms=700),
+    "format-field-unknown": Case(b"data: a\n data: b\ndata\ncolour: red\nI think\nid2: 9\n\n", [message("a\n")]),
+    "format-leading-space": Case(b"data:\ta\rdata: a\ndata:  a\ndata:a \n\n", [message("\ta\na\n a\na ")]),
     "format-newlines": Case(
-        b"data: a\r\ndata: b\ndata: c\r\rdata: d\r\n\r\ndata: e\n\n"
-        b"data: f\n\r\ndata: g\r\n\rdata: h\r\n\n",
+        b"data: a\r\ndata: b\ndata: c\r\rdata: d\r\n\r\ndata: e\n\ndata: f\n\r\ndata: g\r\n\rdata: h\r\n\n",
         [message("a\nb\nc"), *map(message, "defgh")],
     ),
-    "format-newlines: only CR": Case(
-        b"id: 1\rdata: a\r\rdata: b\r\r", [message("a", "1"), message("b", "1")], "1"
-    ),
+    "format-newlines: only CR": Case(b"id: 1\rdata: a\r\rdata: b\r\r", [message("a", "1"), message("b", "1")], "1"),
     "format-newlines: none but CR, LF and CRLF": Case(
         "data: a\x0bb\x0cc\x1cd\x1de\x1ef\x85g\u2028h\u2029i\n\n".encode(),
         [message("a\x0bb\x0cc\x1cd\x1de\x1ef\x85g\u2028h\u2029i")],
     ),
-    "format-newlines: blank lines dispatch nothing twice": Case(
-        b"\n\r\n\rdata: a\n\n\n\r\r\n", [message("a")]
-    ),
-    "format-null-character": Case(
-        b"data: a\0b\n\nevent: \0\ndata:\0\n\n", [message("a\0b"), ("\0", "\0", "")]
-    ),
+    "format-newlines: blank lines dispatch nothing twice": Case(b"\n\r\n\rdata: a\n\n\n\r\r\n", [message("a")]),
+    "format-null-character": Case(b"data: a\0b\n\nevent: \0\ndata:\0\n\n", [message("a\0b"), ("\0", "\0", "")]),
     "format-utf-8": Case(
         "data: ok … Grüße 漢字 😀\nevent: naïve\nid: ключ\n\n".encode(),
         [("naïve", "ok … Grüße 漢字 😀", "ключ")],
         "ключ",
     ),
     "format-utf-8: broken bytes become U+FFFD": Case(
-        b"data: \xff|\xc3|\xe2\x82|\xf0\x9f\x98|\xed\xa0\x80|\xc0\xaf|\xf5\x80|\xe2\x82\n"
-        b"data: \x80\n\n",
+        b"data: \xff|\xc3|\xe2\x82|\xf0\x9f\x98|\xed\xa0\x80|\xc0\xaf|\xf5\x80|\xe2\x82\ndata: \x80\n\n",
         [message("�|�|�|�|���|��|��|�\n�")],
     ),
-    "format-utf-8: a broken field name is unknown": Case(
-        b"d\xffta: a\ndata: b\n\n", [message("b")]
-    ),
+    "format-utf-8: a broken field name is unknown": Case(b"d\xffta: a\ndata: b\n\n", [message("b")]),
     "format-utf-8: a cut sequence does not eat the colon": Case(
         b"data\xe2\x82: a\n\ndata:\xe2\x82 a\n\n", [message("� a")]
     ),
-    "standard: three data lines make one event": Case(
-        b"data: GRTS\ndata: -3\ndata: 12\n\n", [message("GRTS\n-3\n12")]
-    ),
+    "standard: three data lines make one event": Case(b"data: GRTS\ndata: -3\ndata: 12\n\n", [message("GRTS\n-3\n12")]),
     "standard: a comment, ids, and an id taken back": Case(
         b": test stream\n\ndata: one\nid: 1\n\ndata:two\nid\n\ndata:  three\n\n",
         [message("one", "1"), message("two"), message(" three")],
@@ -258,19 +220,11 @@ class TestFeed:
         """
         What a transport hands out as bytearray is as good.
         """
-        assert [ServerSentEvent("a", "b\nc", "1")] == Parser().feed(
-            bytearray(b"event: a\nid: 1\ndata: b\ndata: c\n\n")
-        )
+        assert [ServerSentEvent("a", "b\nc", "1")] == Parser().feed(bytearray(b"event: a\nid: 1\ndata: b\ndata: c\n\n"))
 
 
 class TestMaxEventBytes:
-    BODY = (
-        b"id: 1\ndata: a\n\nid: 2\ndata: "
-        + b"x" * 60
-        + b"\ndata: "
-        + b"y" * 60
-        + b"\n\ndata: b\n\n"
-    )
+    BODY = b"id: 1\ndata: a\n\nid: 2\ndata: " + b"x" * 60 + b"\ndata: " + b"y" * 60 + b"\n\ndata: b\n\n"
 
     def whole(self, limit):
         parser = Parser(max_event_bytes=limit)
@@ -295,9 +249,7 @@ class TestMaxEventBytes:
         events, error = self.whole(100)
 
         assert [ServerSentEvent("message", "a", "1")] == events
-        assert "event must fit into 100 bytes, got 127 bytes so far. Raise max_event_bytes" in str(
-            error
-        )
+        assert "event must fit into 100 bytes, got 127 bytes so far. Raise max_event_bytes" in str(error)
         parser = Parser(max_event_bytes=10)
         for body in (b"data: 0123456789\n\n", b"data: a\n\n"):
             with pytest.raises(EventTooLong):
@@ -313,9 +265,7 @@ class TestMaxEventBytes:
             assert (error is None) == (cut_error is None), limit
         assert error is None
 
-    @pytest.mark.parametrize(
-        "flood", [b"x" * 50, b":" + b"x" * 50, b"data\n" * 50, b"data: \n" * 50]
-    )
+    @pytest.mark.parametrize("flood", [b"x" * 50, b":" + b"x" * 50, b"data\n" * 50, b"data: \n" * 50])
     def test_what_is_held_is_counted(self, flood):
         """
         A line without an end, a comment, or many empty lines cannot fill the memory.
@@ -353,7 +303,7 @@ class TestTime:
     @pytest.mark.parametrize("line", [2**24, 256])
     def test_huge_event_in_small_pieces(self, piece, size, line):
         """
-        Time is linear: four times the bytes cost four times the time; a quadratic loop takes sixteen.
+        Time is linear: four times the bytes take four times as long; were it quadratic, sixteen.
         """
 
         def seconds(size: int) -> float:
@@ -368,11 +318,7 @@ class TestTime:
         """
         The load generator reads with this parser: under 10 µs for an event of 120 bytes.
         """
-        block = (
-            b'id: k3f9a2b1:1763712000000-0\nevent: tick\ndata: {"sequence":1,"pad":"'
-            + b"x" * 50
-            + b'"}\n\n'
-        )
+        block = b'id: k3f9a2b1:1763712000000-0\nevent: tick\ndata: {"sequence":1,"pad":"' + b"x" * 50 + b'"}\n\n'
         pieces = [block * 500] * 10
 
         assert seconds_of_cpu(pieces, 5000) / 5000 < 10e-6
@@ -422,12 +368,7 @@ def decode_as_the_standard(data: bytes) -> str:
 def interpret_as_the_standard(body: bytes) -> Case:
     """The standard's algorithm over the whole text, as plainly as it is written there."""
     case = Case(body)
-    text = (
-        decode_as_the_standard(body)
-        .removeprefix("\ufeff")
-        .replace("\r\n", "\n")
-        .replace("\r", "\n")
-    )
+    text = decode_as_the_standard(body).removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
     data = kind = id = ""
     for line in text.split("\n")[:-1]:
         name, colon, value = line.partition(":")
@@ -453,9 +394,7 @@ def interpret_as_the_standard(body: bytes) -> Case:
 NAMES = [b"data", b"event", b"id", b"retry", b":", b": ", b" ", b"\0", b"12", b"x"]
 LINES = [b"\n", b"\n\n", b"\r", b"\r\n", b"data: a\n", b"id: 9\r\n", b":\r\r"]
 UTF_8 = [b"\xef\xbb\xbf", "é😀".encode(), b"\xe2\x82", b"\xf0\x9f", b"\x80"]
-fragments = st.lists(
-    st.sampled_from([*NAMES, *LINES, *UTF_8]) | st.binary(max_size=4), max_size=40
-).map(b"".join)
+fragments = st.lists(st.sampled_from([*NAMES, *LINES, *UTF_8]) | st.binary(max_size=4), max_size=40).map(b"".join)
 
 
 class TestAnyBytes:
@@ -467,9 +406,7 @@ class TestAnyBytes:
         """
         _, events = read([b"data:x", data.replace(b"\n", b"").replace(b"\r", b""), b"\n\n"])
 
-        expected = decode_as_the_standard(
-            b"x" + data.replace(b"\n", b"").replace(b"\r", b"") + b"\n"
-        )
+        expected = decode_as_the_standard(b"x" + data.replace(b"\n", b"").replace(b"\r", b"") + b"\n")
         assert [message(expected[:-1])] == events
 
     @examples
