@@ -269,15 +269,17 @@ function folded(className, summary, content) {
 
 function accessLogLine(data) {
   const line = parseObject(data);
-  if (!line || !("status" in line && "method" in line && "uri" in line)) return null;
+  // The kit's own nginx.conf writes path and seconds; others keep nginx's words.
+  const path = line?.path ?? line?.uri;
+  if (path === undefined || !("status" in line && "method" in line)) return null;
   const status = String(line.status);
   const summary = element("summary");
   summary.append(
     element("span", `status status-${status.charAt(0)}`, status), " ",
     element("span", "method", String(line.method)), " ",
-    element("span", "uri", String(line.uri)),
+    element("span", "path", String(path)),
   );
-  const seconds = Number.parseFloat(line.request_time);
+  const seconds = Number.parseFloat(line.seconds ?? line.request_time);
   if (!Number.isNaN(seconds)) summary.append(" ", element("span", "detail", duration(seconds)));
   const logged = new Date(line.time);
   if (!Number.isNaN(logged.getTime())) {

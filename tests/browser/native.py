@@ -6,10 +6,6 @@ A browser is started once for many tests; each test opens an EventSource in it.
 
 import contextlib
 import json
-import os
-import shutil
-import signal
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -18,10 +14,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from gate import Gate, Stream
-
-CHROMIUM = "/usr/bin/chromium"
-FIREFOX = "/usr/bin/firefox-esr"
+from app.stack import Part
+from tests.browser.gate import Gate, Stream
 
 START_SECONDS = 30
 STOP_SECONDS = 5
@@ -134,6 +128,11 @@ class Source:
         """Wait for the *times*-th `stream.open`."""
         return self.wait(lambda: self.events("stream.open")[times - 1 :])[0]
 
+    def wait_open_by(self, times: int = 1) -> str:
+        """Wait for the *times*-th `stream.open`; returns the name of its process."""
+        process: str = json.loads(self.wait_open(times)["data"])["process"]
+        return process
+
     def wait_events(self, count: int, seconds: float = WAIT_SECONDS) -> list[dict[str, Any]]:
         """Wait for *count* events that are not the kit's own; returns all there are."""
         return self.wait(lambda: len(found := self.events()) >= count and found, seconds)
@@ -183,28 +182,58 @@ class Browser:
         return Source(self.gate, number, first_stream)
 
 
-@contextlib.contextmanager
-def chromium() -> Iterator[Browser]:
-    """Debian's Chromium."""
-    with _profile() as profile, _gate() as gate:
-        command = [CHROMIUM, *CHROMIUM_FLAGS, f"--user-data-dir={profile}"]
-        with _running([*command, f"{gate.url}/gate/"], profile, gate):
-            yield Browser("chromium", gate)
+class _Process(Part):
+    """The browser's first process; the others are of its group."""
+
+    def __init__(self, name: str, profile: Path, gate: Gate, command: list[str]) -> None:
+        super().__init__(name, profile)
+        self._gate = gate
+        self._command = [*command, f"{gate.url}/gate/"]
+
+    def command(self) -> list[str]:
+        return self._command
+
+    def environment(self) -> dict[str, str]:
+        # Home and temporary files in the profile: nothing is left behind.
+        folder = str(self.directory)
+        return super().environment() | {
+            "HOME": folder,
+            "TMPDIR": folder,
+            "MOZ_CRASHREPORTER_DISABLE": "1",
+        }
+
+    def probe(self) -> bool:
+        return bool(self._gate.reports())
 
 
 @contextlib.contextmanager
-def firefox() -> Iterator[Browser]:
-    """Debian's Firefox ESR."""
+def started(name: str, binary: str) -> Iterator[Browser]:
+    """Start Debian's `chromium` or `firefox-esr`, with a profile of its own."""
     with _profile() as profile, _gate() as gate:
-        (profile / "user.js").write_text(
-            "".join(
-                f"user_pref({json.dumps(name)}, {json.dumps(value)});\n"
-                for name, value in FIREFOX_PREFERENCES.items()
+        if name == "chromium":
+            command = [binary, *CHROMIUM_FLAGS, f"--user-data-dir={profile}"]
+        else:
+            lines = (
+                f"user_pref({json.dumps(key)}, {json.dumps(value)});\n"
+                for key, value in FIREFOX_PREFERENCES.items()
             )
-        )
-        command = [FIREFOX, "--headless", "--no-remote", "--profile", str(profile)]
-        with _running([*command, f"{gate.url}/gate/"], profile, gate):
-            yield Browser("firefox", gate)
+            (profile / "user.js").write_text("".join(lines))
+            command = [binary, "--headless", "--no-remote", "--profile", str(profile)]
+        process = _Process(name, profile, gate, command)
+        try:
+            process.start()
+            process.wait_ready(START_SECONDS)
+            yield Browser(name, gate)
+        finally:
+            process.stop(STOP_SECONDS)
+            process.release()
+
+
+@contextlib.contextmanager
+def _profile() -> Iterator[Path]:
+    # A browser's last process may still write while this one deletes.
+    with tempfile.TemporaryDirectory(prefix="sse-browser-", ignore_cleanup_errors=True) as profile:
+        yield Path(profile)
 
 
 @contextlib.contextmanager
@@ -214,50 +243,3 @@ def _gate() -> Iterator[Gate]:
         yield gate
     finally:
         gate.close()
-
-
-@contextlib.contextmanager
-def _profile() -> Iterator[Path]:
-    profile = tempfile.mkdtemp(prefix="sse-browser-")
-    try:
-        yield Path(profile)
-    finally:
-        # A browser's last process may still write while this one deletes.
-        for _ in range(20):
-            shutil.rmtree(profile, ignore_errors=True)
-            if not os.path.exists(profile):
-                break
-            time.sleep(0.1)
-
-
-@contextlib.contextmanager
-def _running(command: list[str], profile: Path, gate: Gate) -> Iterator[None]:
-    with (profile / "browser.log").open("wb") as log:
-        # A group of its own, so that the browser's many processes end with it;
-        # a home of its own, so that it leaves nothing in the tester's.
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-            env={**os.environ, "HOME": str(profile), "MOZ_CRASHREPORTER_DISABLE": "1"},
-        )
-    try:
-        with gate.changed:
-            ready = gate.changed.wait_for(gate.reports, START_SECONDS)
-        if not ready:
-            said = (profile / "browser.log").read_text(errors="replace")[-2000:]
-            raise AssertionError(f"{command[0]} showed no page in {START_SECONDS} s: {said}")
-        yield
-    finally:
-        _end(process)
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    # Twice: the first process may end before those it started.
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, number)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(STOP_SECONDS)

@@ -10,68 +10,67 @@ import re
 import pytest
 from playwright.sync_api import expect
 
-pytestmark = pytest.mark.usefixtures("no_page_errors")
-
 
 def row(page, text):
     return page.get_by_role("log").locator("li.event").filter(has_text=text)
 
 
 class TestFeed:
-    def test_published_event(self, stack, publish, page, topic):
+    def test_published_event(self, site, publish, page, topic):
         """
         An event is seen where it is published, as text.
         """
-        page.goto(f"{stack.url}/?topic={topic}")
+        page.goto(f"{site.url}/?topic={topic}")
         expect(page.get_by_role("status").first).to_have_text("Open")
 
-        [id] = publish({"topics": [topic], "data": "<img src=x onerror=alert(1)> 😀"})
+        [id] = publish(site.url, {"topics": [topic], "data": "<img src=x onerror=alert(1)> 😀"})
 
         expect(row(page, "<img src=x onerror=alert(1)> 😀")).to_have_count(1)
         expect(page.locator("#position")).to_have_text(id)
         expect(page.get_by_role("log").locator("img")).to_have_count(0)
 
-    def test_default_topics(self, stack, publish, page):
+    def test_default_topics(self, site, publish, page):
         """
         Without a topic in its address the page follows `demo` and `logs`.
         """
-        page.goto(f"{stack.url}/")
+        page.goto(f"{site.url}/")
         expect(page.get_by_role("status").first).to_have_text("Open")
 
-        publish({"topics": ["demo"], "data": "to demo"}, {"topics": ["logs"], "data": "to logs"})
+        publish(site.url, {"topics": ["demo"], "data": "to demo"}, {"topics": ["logs"], "data": "to logs"})
 
         expect(row(page, "to demo").first).to_be_visible()
         expect(row(page, "to logs").first).to_be_visible()
 
-    def test_named_event(self, stack, publish, page, topic):
+    def test_named_event(self, site, publish, page, topic):
         """
         A name given in the form is listened to, and kept in the address.
         """
-        page.goto(f"{stack.url}/?topic={topic}")
+        page.goto(f"{site.url}/?topic={topic}")
         page.get_by_label("Also listen to names").fill("order.created")
         page.get_by_role("button", name="Connect").click()
         expect(page).to_have_url(re.compile("name=order.created"))
         page.reload()
         expect(page.get_by_role("status").first).to_have_text("Open")
 
-        publish({"topics": [topic], "event": "order.created", "data": "an order"})
+        publish(site.url, {"topics": [topic], "event": "order.created", "data": "an order"})
 
         expect(row(page, "an order")).to_contain_text("order.created")
 
     @pytest.mark.parametrize("name", ["error", "open"])
-    def test_event_named_as_the_browsers_own(self, stack, publish, page, topic, name):
+    def test_event_named_as_the_browsers_own(self, site, publish, page, topic, name):
         """
         An event published as `error` or `open` is an event, not a failure.
         """
-        page.goto(f"{stack.url}/?topic={topic}&name={name}")
+        page.goto(f"{site.url}/?topic={topic}&name={name}")
         expect(page.get_by_role("status").first).to_have_text("Open")
 
-        publish({"topics": [topic], "event": name, "data": "only a name"})
+        publish(site.url, {"topics": [topic], "event": name, "data": "only a name"})
 
         expect(row(page, "only a name")).to_have_count(1)
         expect(page.get_by_role("status").first).to_have_text("Open")
 
-    def test_access_log_line(self, stack, publish, page, topic):
+    @pytest.mark.parametrize(("path", "seconds"), [("path", "seconds"), ("uri", "request_time")])
+    def test_access_log_line(self, site, publish, page, topic, path, seconds):
         """
         A line of nginx's access log is readable, and whole when unfolded.
         """
@@ -79,29 +78,29 @@ class TestFeed:
             "time": "2026-01-02T03:04:05+00:00",
             "status": 502,
             "method": "POST",
-            "uri": "/publish",
-            "request_time": 0.012,
+            path: "/publish",
+            seconds: 0.012,
             "request_id": "5f0c",
         }
-        page.goto(f"{stack.url}/?topic={topic}")
+        page.goto(f"{site.url}/?topic={topic}")
         expect(page.get_by_role("status").first).to_have_text("Open")
 
-        publish({"topics": [topic], "data": json.dumps(line)})
+        publish(site.url, {"topics": [topic], "data": json.dumps(line)})
 
         summary = row(page, "502").locator("summary")
         expect(summary).to_contain_text("502 POST /publish 12 ms")
         summary.click()
         expect(row(page, "502")).to_contain_text('"request_id": "5f0c"')
 
-    def test_pause_filter_and_limit(self, stack, publish, page, topic):
+    def test_pause_filter_and_limit(self, site, publish, page, topic):
         """
         Paused rows wait, filtered ones hide, and old ones go.
         """
-        page.goto(f"{stack.url}/?topic={topic}")
+        page.goto(f"{site.url}/?topic={topic}")
         expect(page.get_by_role("status").first).to_have_text("Open")
         page.get_by_role("button", name="Pause").click()
 
-        publish(*({"topics": [topic], "data": f"number {n:02}"} for n in range(20)))
+        publish(site.url, *({"topics": [topic], "data": f"number {n:02}"} for n in range(20)))
 
         expect(page.locator("#count")).to_contain_text("waiting while paused")
         expect(row(page, "number")).to_have_count(0)
@@ -114,29 +113,30 @@ class TestFeed:
         page.get_by_label("Rows kept").press("Enter")
         expect(row(page, "number")).to_have_text([re.compile(f"number {n}$") for n in range(19, 14, -1)])
 
-    def test_killed_process(self, stack, publish, page, topic, app_of):
+    @pytest.mark.usefixtures("expects_failed_requests")
+    def test_killed_process(self, site, publish, page, topic, app_of):
         """
         The page says that it reconnects, and shows every event once.
         """
-        page.goto(f"{stack.url}/?topic={topic}")
+        page.goto(f"{site.url}/?topic={topic}")
         expect(page.get_by_role("status").first).to_have_text("Open")
-        publish({"topics": [topic], "data": "number 0"})
+        publish(site.url, {"topics": [topic], "data": "number 0"})
         expect(row(page, "number 0")).to_have_count(1)
 
         app_of(page.locator("#process").inner_text()).kill()
-        publish({"topics": [topic], "data": "number 1"})
+        publish(site.url, {"topics": [topic], "data": "number 1"})
 
         expect(page.get_by_role("log")).to_contain_text("Opened again", timeout=10_000)
-        publish({"topics": [topic], "data": "number 2"})
+        publish(site.url, {"topics": [topic], "data": "number 2"})
         expect(row(page, "number")).to_have_text([re.compile(f"number {n}$") for n in (2, 1, 0)])
 
 
 class TestPublishForm:
-    def test_event(self, stack, page, topic):
+    def test_event(self, site, page, topic):
         """
         What the form publishes arrives, also under a new name.
         """
-        page.goto(f"{stack.url}/?topic={topic}")
+        page.goto(f"{site.url}/?topic={topic}")
         expect(page.get_by_role("status").first).to_have_text("Open")
 
         page.get_by_label("Topic", exact=True).fill(topic)
@@ -147,16 +147,16 @@ class TestPublishForm:
         expect(page.locator("#published")).to_contain_text("Published as ")
         expect(row(page, "hello")).to_contain_text("greeting")
 
-    @pytest.mark.expects_page_errors
+    @pytest.mark.usefixtures("expects_failed_requests")
     @pytest.mark.parametrize(
         ("field", "value"),
         [("Topic", "not a topic!"), ("Topic", ""), ("Event name", "stream.open")],
     )
-    def test_refused(self, stack, page, topic, field, value):
+    def test_refused(self, site, page, topic, field, value):
         """
         A refusal shows rule, value and cure, and marks the field.
         """
-        page.goto(f"{stack.url}/?topic={topic}")
+        page.goto(f"{site.url}/?topic={topic}")
 
         with page.expect_response("**/publish") as answer:
             page.get_by_label(field, exact=True).fill(value)
@@ -171,12 +171,12 @@ class TestPublishForm:
 
 
 class TestRefusedStream:
-    @pytest.mark.expects_page_errors
-    def test_topic(self, stack, page, topic):
+    @pytest.mark.usefixtures("expects_failed_requests")
+    def test_topic(self, site, page, topic):
         """
         The page says why the browser gave the stream up, and can start again.
         """
-        page.goto(f"{stack.url}/?topic=not+a+topic!")
+        page.goto(f"{site.url}/?topic=not+a+topic!")
 
         expect(page.get_by_role("status").first).to_have_text("Closed")
         expect(page.get_by_role("alert")).to_contain_text("topic!")
@@ -216,29 +216,30 @@ PALE_TEXT = """() => {
 
 class TestLayout:
     @pytest.mark.parametrize("width", [360, 1280])
-    def test_nothing_is_wider_than_the_screen(self, stack, publish, page, topic, width):
+    def test_nothing_is_wider_than_the_screen(self, site, publish, page, topic, width):
         """
         No sideways scrolling, on a phone either.
         """
         page.set_viewport_size({"width": width, "height": 800})
-        page.goto(f"{stack.url}/?topic={topic}")
+        page.goto(f"{site.url}/?topic={topic}")
         expect(page.get_by_role("status").first).to_have_text("Open")
-        publish({"topics": [topic], "event": "x" * 100, "data": ""}, {"topics": [topic], "data": "y" * 5000})
+        publish(site.url, {"topics": [topic], "event": "x" * 100, "data": ""}, {"topics": [topic], "data": "y" * 5000})
 
         expect(row(page, "yyy")).to_have_count(1)
         assert width == page.evaluate("document.documentElement.scrollWidth")
 
-    @pytest.mark.expects_page_errors
+    @pytest.mark.usefixtures("expects_failed_requests")
     @pytest.mark.parametrize("colors", ["light", "dark"])
-    def test_contrast(self, stack, publish, page, topic, colors):
+    def test_contrast(self, site, publish, page, topic, colors):
         """
         Text stands out from its ground, in both colour schemes.
         """
         page.emulate_media(color_scheme=colors)
-        page.goto(f"{stack.url}/?topic={topic}&name=order.created")
+        page.goto(f"{site.url}/?topic={topic}&name=order.created")
         expect(page.get_by_role("status").first).to_have_text("Open")
-        lines = [{"status": status, "method": "GET", "uri": "/"} for status in (200, 304, 404, 502)]
+        lines = [{"status": status, "method": "GET", "path": "/"} for status in (200, 304, 404, 502)]
         publish(
+            site.url,
             *({"topics": [topic], "data": line} for line in lines),
             {"topics": [topic], "event": "order.created", "data": ""},
         )
@@ -249,11 +250,11 @@ class TestLayout:
 
         assert [] == page.evaluate(PALE_TEXT)
 
-    def test_keyboard_alone(self, stack, page, topic):
+    def test_keyboard_alone(self, site, page, topic):
         """
         Every control is reached with the tab key.
         """
-        page.goto(f"{stack.url}/?topic={topic}")
+        page.goto(f"{site.url}/?topic={topic}")
         expect(page.get_by_role("status").first).to_have_text("Open")
 
         reached = []
@@ -271,11 +272,11 @@ class TestLayout:
 
 
 class TestSecurity:
-    def test_policy(self, stack, page):
+    def test_policy(self, site, page):
         """
         Nothing from elsewhere and nothing inline can run in the page.
         """
-        answer = page.goto(f"{stack.url}/")
+        answer = page.goto(f"{site.url}/")
 
         policy = answer.headers["content-security-policy"]
         assert {"default-src 'none'", "script-src 'self'", "style-src 'self'"} <= {
