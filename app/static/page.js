@@ -6,6 +6,8 @@
  */
 
 const DEFAULT_TOPICS = ["demo", "logs"];
+// The name that `make up` and the README publish first.
+const DEFAULT_NAMES = ["greeting"];
 const DEFAULT_ROWS = 200;
 const MAX_ROWS = 5000;
 
@@ -67,9 +69,10 @@ const view = readView();
 function readView() {
   const query = new URLSearchParams(location.search);
   const topics = query.getAll("topic").flatMap(words);
+  const names = query.getAll("name").flatMap(words);
   return {
     topics: topics.length ? topics : DEFAULT_TOPICS,
-    names: query.getAll("name").flatMap(words),
+    names: names.length ? names : [...DEFAULT_NAMES],
     user: query.get("user") ?? "",
     filter: query.get("filter") ?? "",
     rows: rowsKept(query.get("rows")),

@@ -125,6 +125,34 @@ class TestKilledProcess:
         assert resumed.last_event_id in {event["id"] for event in events}
 
 
+class TestNoProcess:
+    def test_the_browser_comes_back_when_a_process_does(
+        self, site, publish, browser, topic
+    ):
+        """
+        With every process killed, nginx says "later" in a way no EventSource gives up on.
+        """
+        browser.aim(site.url)
+        source = browser.open(f"/events?topic={topic}")
+        source.wait_open()
+        publish(site.url, {"topics": [topic], "data": "0"})
+        source.wait_events(1)
+
+        for app in site.apps:
+            app.kill()
+        source.wait(lambda: len(source.streams()) > 1 and source.streams()[1].ended)
+        for app in site.apps:
+            app.start()
+        site.apps[0].wait_ready()
+        publish(site.url, {"topics": [topic], "data": "1"})
+        source.wait_open(2)
+        events = source.wait_events(2)
+
+        assert [0, 1] == numbers(events)
+        assert not any(said["closed"] for said in source.reports() if said["kind"] == "error")
+        assert [] == source.events("stream.reset")
+
+
 class TestQuietTopic:
     def test_a_client_quiet_for_longer_than_the_window_resumes_without_a_reset(
         self, forgetful_site, publish, browser, topic

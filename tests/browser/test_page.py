@@ -4,11 +4,19 @@ The demonstration page at `/`, in Chromium, straight from nginx.
 Elements are found by their labels and roles, as a screen reader finds them.
 """
 
+import contextlib
 import json
 import re
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from pathlib import Path
 
 import pytest
 from playwright.sync_api import expect
+
+ROOT = Path(__file__).parents[2]
 
 
 def row(page, text):
@@ -29,14 +37,18 @@ class TestFeed:
         expect(page.locator("#position")).to_have_text(id)
         expect(page.get_by_role("log").locator("img")).to_have_count(0)
 
-    def test_default_topics(self, site, publish, page):
+    def test_defaults(self, site, publish, page):
         """
-        Without a topic in its address the page follows `demo` and `logs`.
+        With nothing in its address the page shows what `make up` and `make feed` publish.
         """
         page.goto(f"{site.url}/")
         expect(page.get_by_role("status").first).to_have_text("Open")
 
-        publish(site.url, {"topics": ["demo"], "data": "to demo"}, {"topics": ["logs"], "data": "to logs"})
+        publish(
+            site.url,
+            {"topics": ["demo"], "event": "greeting", "data": "to demo"},
+            {"topics": ["logs"], "data": "to logs"},
+        )
 
         expect(row(page, "to demo").first).to_be_visible()
         expect(row(page, "to logs").first).to_be_visible()
@@ -91,6 +103,41 @@ class TestFeed:
         expect(summary).to_contain_text("502 POST /publish 12 ms")
         summary.click()
         expect(row(page, "502")).to_contain_text('"request_id": "5f0c"')
+
+    def test_access_log_followed_live(self, site, page, topic, tmp_path):
+        """
+        A request to nginx is seen on the page while it still runs: log, topic, stream, browser.
+        """
+        with (tmp_path / "publish.log").open("wb") as said:
+            tail = subprocess.Popen(
+                ["tail", "-n", "0", "-F", site.nginx.access_log_path],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+            )
+            # Past nginx: each line published through it would write another.
+            command = ["-m", "app", "publish", "--topic", topic, "--json", "--url", site.apps[0].url]
+            feed = subprocess.Popen(
+                [sys.executable, *command], stdin=tail.stdout, stdout=said, stderr=said, cwd=ROOT
+            )
+        try:
+            page.goto(f"{site.url}/?topic={topic}")
+            expect(page.get_by_role("status").first).to_have_text("Open")
+
+            # `tail` begins when it can: the first requests may come before it.
+            for _ in range(100):
+                with contextlib.suppress(urllib.error.HTTPError):
+                    urllib.request.urlopen(f"{site.url}/no-such-page?secret=1")
+                with contextlib.suppress(AssertionError):
+                    expect(row(page, "404 GET /no-such-page").first).to_be_visible(timeout=200)
+                    break
+
+            expect(row(page, "404 GET /no-such-page").first).to_contain_text('"status": 404')
+            assert "secret" not in page.get_by_role("log").inner_text()
+        finally:
+            tail.terminate()
+            feed.terminate()
+            tail.wait()
+            feed.wait()
 
     def test_pause_filter_and_limit(self, site, publish, page, topic):
         """
