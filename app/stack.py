@@ -65,6 +65,8 @@ def find_tool(*names: str) -> str:
     """
     Return the path of the first of *names* that is installed.
 
+    A variable chooses another one: NGINX_BINARY=/opt/nginx, REDIS_SERVER_BINARY=...
+
     Raises:
         StackError: none is.
     """
@@ -73,7 +75,8 @@ def find_tool(*names: str) -> str:
         [os.environ.get("PATH", os.defpath), "/usr/sbin", "/usr/local/sbin", "/opt/homebrew/bin"]
     )
     for name in names:
-        if found := shutil.which(name, path=path):
+        chosen = os.environ.get(f"{name.upper().replace('-', '_')}_BINARY", name)
+        if found := shutil.which(chosen, path=path):
             return found
     wanted = " or ".join(names)
     raise StackError(
