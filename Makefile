@@ -25,7 +25,7 @@ STACK := $(PYTHON) -m app.stack
 help: ## Show this list.
 	@awk 'BEGIN { FS = ":.*## " } \
 	  /^##@ / { printf "\n%s\n", substr($$0, 5) } \
-	  /^[a-z0-9-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	  /^[a-z0-9-]+:.*## / { printf "  %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .PHONY: up
 up: stack-packages venv ## Start Redis, APPS=2 processes and nginx on PORT=8080.
@@ -64,6 +64,10 @@ lint: test-venv ## Check style, types and who may import what.
 	@$(PYTHON) -m ruff check
 	@$(PYTHON) -m mypy
 	@.venv/bin/lint-imports
+
+.PHONY: test-mutations
+test-mutations: test-packages test-venv ## Break each guarantee, see its test fail (ONLY=, LIST=1).
+	@$(PYTHON) -m tests.mutations --only "$(ONLY)" $(if $(LIST),--list)
 
 .PHONY: bench
 bench: test-packages test-venv ## Measure against the peers (QUICK=1: under 5 minutes).
