@@ -12,6 +12,7 @@ usage: python -m app                    serve; settings come from SSE_… variab
 
 
 def main(argv: list[str]) -> int:
+    """Run what *argv* asks for; return the exit status."""
     if argv and argv[0] in ("publish", "listen"):
         from app.command import main as command
 

@@ -67,9 +67,7 @@ class Edge:
             {
                 "type": "http.response.start",
                 "status": response.status_code,
-                "headers": [
-                    (name.lower().encode(), value.encode()) for name, value in response.headers.items()
-                ],
+                "headers": [(name.lower().encode(), value.encode()) for name, value in response.headers.items()],
             }
         )
         await send({"type": "http.response.body", "body": body, "more_body": False})

@@ -90,9 +90,7 @@ class Entry:
         """The event as text/event-stream; made on first use in this process, then kept."""
         block = self._block
         if block is None:
-            block = self._block = encode(
-                id=self.id, event=self.event, data=self.data, retry=self.retry
-            )
+            block = self._block = encode(id=self.id, event=self.event, data=self.data, retry=self.retry)
         return block
 
 
@@ -146,9 +144,7 @@ def encode(*, id: str = "", event: str = "", data: str = "", retry: int | None =
 def check_field(name: str, value: str) -> None:
     """Raise EventError where *value* would end its line and forge another field."""
     if "\n" in value or "\r" in value or "\0" in value:
-        raise EventError(
-            name, "must not contain CR, LF or NUL", value, "Send line ends in `data` only."
-        )
+        raise EventError(name, "must not contain CR, LF or NUL", value, "Send line ends in `data` only.")
 
 
 def check_topic(topic: object) -> str:
@@ -178,9 +174,7 @@ def check_name(event: object) -> str:
         raise EventError("event", "must be a string", event, "Leave it out for `message`.")
     check_field("event", event)
     if len(event) > NAME_MAX_CHARACTERS:
-        raise EventError(
-            "event", f"must have at most {NAME_MAX_CHARACTERS} characters", event, "Shorten it."
-        )
+        raise EventError("event", f"must have at most {NAME_MAX_CHARACTERS} characters", event, "Shorten it.")
     if event.startswith(RESERVED_NAMES):
         raise EventError(
             "event",

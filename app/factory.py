@@ -27,7 +27,7 @@ def create_app(settings: Settings | None = None) -> Quart:
     app.logger.setLevel(logging.WARNING)
     app.register_blueprint(routes(kit))
     app.extensions["sse"] = kit
-    app.asgi_app = Edge(app.asgi_app, kit)  # type: ignore[assignment]
+    app.asgi_app = Edge(app.asgi_app, kit)  # type: ignore[assignment, arg-type]
 
     @app.before_serving
     async def start() -> None:

@@ -303,9 +303,7 @@ class Hub:
             # What it is owed next is no longer kept: it was too slow.
             self.cut(stream, "slow_consumer")
             return
-        data, cursor, events, last = self.window.pull(
-            stream.topics, stream.cursor, PIECE_BYTES, stream.allowed
-        )
+        data, cursor, events, last = self.window.pull(stream.topics, stream.cursor, PIECE_BYTES, stream.allowed)
         caught_up = cursor == self.window.end
         if stream.pending:
             data = stream.pending + data

@@ -22,9 +22,7 @@ _LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}
 
 def configure(settings: Settings) -> None:
     """Set up structlog and the standard library's logging for this process."""
-    as_json = settings.log_format == "json" or (
-        settings.log_format == "auto" and not sys.stderr.isatty()
-    )
+    as_json = settings.log_format == "json" or (settings.log_format == "auto" and not sys.stderr.isatty())
     shared: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.processors.add_log_level,
@@ -64,9 +62,7 @@ class _ThroughStructlog(logging.Handler):
         event: dict[str, Any] = {"logger": record.name}
         if record.exc_info:
             event["exc_info"] = record.exc_info
-        structlog.get_logger().log(
-            max(record.levelno, logging.WARNING), record.getMessage(), **event
-        )
+        structlog.get_logger().log(max(record.levelno, logging.WARNING), record.getMessage(), **event)
 
 
 class _HashUsers:
@@ -84,8 +80,7 @@ class _HashUsers:
             event["user"] = self._hash(event["user"])
         if event.get("topics"):
             event["topics"] = [
-                "user:" + self._hash(topic[5:]) if topic.startswith("user:") else topic
-                for topic in event["topics"]
+                "user:" + self._hash(topic[5:]) if topic.startswith("user:") else topic for topic in event["topics"]
             ]
         return event
 

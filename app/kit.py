@@ -90,19 +90,33 @@ class Kit:
         """Return why no new stream can be opened now, or None."""
         if self.draining:
             return Problem(
-                503, "draining", "process", "is shutting down", self.process,
-                "Connect again; another process answers.", {"Retry-After": "0"},
+                503,
+                "draining",
+                "process",
+                "is shutting down",
+                self.process,
+                "Connect again; another process answers.",
+                {"Retry-After": "0"},
             )
         if not self.reader.loaded:
             return Problem(
-                503, "loading", "process", "has not loaded the log yet", self.process,
-                "Connect again in a second.", {"Retry-After": "1"},
+                503,
+                "loading",
+                "process",
+                "has not loaded the log yet",
+                self.process,
+                "Connect again in a second.",
+                {"Retry-After": "1"},
             )
         if len(self.hub) >= self.settings.max_streams:
             return Problem(
-                429, "process-full", "streams of this process",
-                f"must be at most SSE_MAX_STREAMS ({self.settings.max_streams})", len(self.hub),
-                "Connect again later, or run more processes.", {"Retry-After": "5"},
+                429,
+                "process-full",
+                "streams of this process",
+                f"must be at most SSE_MAX_STREAMS ({self.settings.max_streams})",
+                len(self.hub),
+                "Connect again later, or run more processes.",
+                {"Retry-After": "5"},
             )
         return None
 

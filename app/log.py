@@ -34,7 +34,9 @@ class Position(NamedTuple):
 
 ORIGIN = Position(0, 0)
 
-_ID = re.compile(r"([a-z0-9]{1,16}):([0-9]{1,16})-([0-9]{1,19})")
+_ID = re.compile(r"([a-z0-9]{1,16}):([0-9]{1,20})-([0-9]{1,20})")
+# Redis counts both parts of its ids in 64 bits, and refuses larger ones.
+_MOST = 2**64 - 1
 
 
 class LogUnavailable(Exception):
@@ -107,16 +109,14 @@ class Log(Protocol):
     async def state(self, cursor: Position) -> LogState:
         """Return the log's state; `has_cursor` is about the entry at *cursor*."""
 
-    async def read(
-        self, epoch: str, after: Position, count: int, block_seconds: float
-    ) -> list[Entry]:
+    async def read(self, epoch: str, after: Position, count: int, block_seconds: float) -> list[Entry]:
         """Return up to *count* entries after *after*; wait up to *block_seconds* for one."""
 
     async def renew_epoch(self, expected: str | None) -> str:
         """Replace the epoch if it still is *expected*; return the one that now holds."""
 
     async def has(self, position: Position) -> bool:
-        """Tell whether the log has an entry at *position*, or ever went past it."""
+        """Tell whether the log has an entry at *position*."""
 
     async def trim(self) -> None:
         """Drop what is older than the history, by the log's own clock, then by length."""
@@ -138,7 +138,8 @@ def read_id(id: str) -> tuple[str, Position] | None:
     match = _ID.fullmatch(id)
     if match is None:
         return None
-    return match[1], Position(int(match[2]), int(match[3]))
+    position = Position(int(match[2]), int(match[3]))
+    return None if max(position) > _MOST else (match[1], position)
 
 
 def made_ms(position: Position) -> int:
@@ -183,7 +184,7 @@ def from_fields(
         unknown = fields.keys() - {b"v", b"topics", b"event", b"data", b"retry"}
         if unknown:
             raise EventError(
-                "field", "must be one of v, topics, event, data, retry", sorted(unknown)[0], "Leave it out."
+                "field", "must be one of v, topics, event, data, retry", min(unknown), "Leave it out."
             )
         topics = tuple(dict.fromkeys(fields.get(b"topics", b"").decode().split(" ")))
         for topic in topics:
@@ -194,11 +195,11 @@ def from_fields(
         if raw is None:
             raise EventError("data", "must be there", None, "Write an empty one for an event without data.")
         if len(raw) > max_event_bytes:
-            raise EventError("data", f"must have at most {max_event_bytes} bytes", len(raw), "Send a link to it instead.")
+            raise EventError(
+                "data", f"must have at most {max_event_bytes} bytes", len(raw), "Send a link to it instead."
+            )
         event = check_name(fields.get(b"event", b"").decode())
         retry = fields.get(b"retry")
-        return Entry(
-            position, id, topics, raw.decode(), event, None if retry is None else check_retry(int(retry))
-        )
+        return Entry(position, id, topics, raw.decode(), event, None if retry is None else check_retry(int(retry)))
     except ValueError as error:  # EventError and UnicodeDecodeError are ones
         return Entry(position, id, (), str(error))

@@ -56,9 +56,7 @@ class MemoryLog:
             return known[2]
         ids = []
         for draft in batch.drafts:
-            self._last = (
-                Position(now, 0) if now > self._last.ms else Position(self._last.ms, self._last.seq + 1)
-            )
+            self._last = Position(now, 0) if now > self._last.ms else Position(self._last.ms, self._last.seq + 1)
             self._positions.append(self._last)
             self._drafts.append(draft)
             ids.append(write_id(self._epoch, self._last))
@@ -78,9 +76,7 @@ class MemoryLog:
             now_ms=self._now_ms(),
         )
 
-    async def read(
-        self, epoch: str, after: Position, count: int, block_seconds: float
-    ) -> list[Entry]:
+    async def read(self, epoch: str, after: Position, count: int, block_seconds: float) -> list[Entry]:
         start = bisect_right(self._positions, after)
         if start == len(self._positions) and block_seconds > 0:
             self._grown.clear()
@@ -108,9 +104,7 @@ class MemoryLog:
         # The newest entry past the history stays: it is the trim boundary, and
         # the position of every client that has seen all before the next one.
         horizon = Position(int(self._now_ms() - self._history_ms), 0)
-        drop = max(
-            bisect_right(self._positions, horizon) - 1, len(self._positions) - self._max_events, 0
-        )
+        drop = max(bisect_right(self._positions, horizon) - 1, len(self._positions) - self._max_events, 0)
         if drop:
             del self._positions[:drop]
             del self._drafts[:drop]

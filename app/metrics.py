@@ -39,16 +39,14 @@ class _Lag(Protocol):
 class Metrics:
     """Reads the parts of one process when Prometheus asks."""
 
-    def __init__(
-        self, tally: Tally, hub: Hub, window: Window, reader: Reader, pulse: _Lag
-    ) -> None:
+    def __init__(self, tally: Tally, hub: Hub, window: Window, reader: Reader, pulse: _Lag) -> None:
         self._tally = tally
         self._hub = hub
         self._window = window
         self._reader = reader
         self._pulse = pulse
         self.registry = CollectorRegistry()
-        self.registry.register(self)  # type: ignore[arg-type]
+        self.registry.register(self)
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)
         self._server: tuple[WSGIServer, Thread] | None = None

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from random import Random
+from typing import cast
 
 import structlog
 
@@ -132,9 +133,7 @@ class Reader:
             except LogUnavailable as error:
                 self.errors += 1
                 if self.connected or delay == 0.05:
-                    self._logger.warning(
-                        "log_unavailable", error=str(error), streams=len(self._hub), ready=self.loaded
-                    )
+                    self._logger.warning("log_unavailable", error=str(error), streams=len(self._hub), ready=self.loaded)
                 self.connected = False
                 self.progress_at = self._clock()
                 self._answer(error)
@@ -188,7 +187,7 @@ class Reader:
         oldest = self._window.oldest()
         if oldest is None or not self.loaded:
             return 0.0
-        return max(0.0, self._now_ms() - made_ms(oldest.position)) / 1000
+        return max(0.0, self._now_ms() - made_ms(cast(Position, oldest.position))) / 1000
 
     async def check_now(self) -> None:
         """Have the log checked at once; callers at the same time share one check."""
@@ -205,9 +204,7 @@ class Reader:
         pause = self._read_at + _BATCH_SECONDS - self._clock()
         if pause > 0:
             await asyncio.sleep(pause)
-        entries = await self._log.read(
-            self._read.epoch, self._read.cursor, self._count, max(0.001, block_seconds)
-        )
+        entries = await self._log.read(self._read.epoch, self._read.cursor, self._count, max(0.001, block_seconds))
         if not entries:
             return
         self._read_at = self._clock()
@@ -259,7 +256,7 @@ class Reader:
             self._adapt(entries)
             loaded += entries
             cursor = entries[-1].position  # type: ignore[assignment]
-        ordinal = state.added + sum(1 for entry in loaded if entry.position > state.last)  # type: ignore[operator]
+        ordinal = state.added + sum(1 for entry in loaded if cast(Position, entry.position) > state.last)
         self._note(loaded)
         # Every trim leaves one entry past the history: the trim boundary. A
         # client that stands there has missed nothing.
@@ -277,9 +274,7 @@ class Reader:
         self._read = Checked(epoch, cursor, ordinal)
         if self.loaded:
             self.gaps += 1
-            self._logger.error(
-                "log_gap", reason=reason, epoch=epoch, streams=len(self._hub), window_events=len(loaded)
-            )
+            self._logger.error("log_gap", reason=reason, epoch=epoch, streams=len(self._hub), window_events=len(loaded))
             self._hub.reset(reason)
         else:
             self._hub.settled = self._window.end

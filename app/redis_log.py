@@ -8,6 +8,7 @@ Publishers never trim. All keys share one hash tag, so that a Cluster can hold t
 import asyncio
 import secrets
 from collections.abc import Awaitable
+from contextlib import suppress
 from typing import Any, cast
 
 import redis.asyncio as redis
@@ -73,6 +74,30 @@ if old[1] then gone = redis.call('XTRIM', KEYS[1], 'MINID', old[1][1]) end
 return gone + redis.call('XTRIM', KEYS[1], 'MAXLEN', ARGV[2])
 """
 
+
+# KEYS: log, epoch. ARGV: cursor. One instant, and one connection: a pipeline of
+# the client library would take another one than the reader's. It also answers
+# where memory is full, which a transaction does not, and leaves the first and
+# the last entry's data where they are.
+_STATE = """
+local time = redis.call('TIME')
+local now = string.format('%.0f', tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000))
+local epoch = redis.call('GET', KEYS[2])
+if redis.call('EXISTS', KEYS[1]) == 0 then return {epoch, now} end
+local facts = {}
+local info = redis.call('XINFO', 'STREAM', KEYS[1])
+for at = 1, #info, 2 do facts[info[at]] = info[at + 1] end
+if not facts['entries-added'] then
+  return redis.error_reply('ERR the log must be in Redis 7 or Valkey; this server does not count entries')
+end
+local found = redis.call('XRANGE', KEYS[1], ARGV[1], ARGV[1], 'COUNT', 1)
+local first = facts['first-entry']
+return {
+  epoch, now, facts['last-generated-id'], facts['entries-added'], facts['length'], #found, first and first[1]
+}
+"""
+
+
 class RedisLog:
     """
     See `app.log.Log`.
@@ -124,10 +149,14 @@ class RedisLog:
         self._publish = self._publisher.register_script(_PUBLISH)
         self._renew = self._reader.register_script(_RENEW)
         self._trim = self._reader.register_script(_TRIM)
+        self._state = self._reader.register_script(_STATE)
 
     async def open(self) -> None:
         # A fresh connection for the reader: an old one may hold half a reply.
-        await self._reader.aclose()
+        try:
+            await self._reader.aclose()
+        except (RedisError, OSError):
+            pass  # over TLS even closing waits for an answer; it is closed all the same
         await _told(self._reader.ping())
         await self._check_policy()
 
@@ -164,64 +193,45 @@ class RedisLog:
         return [f"{epoch}:{id}" for id in ids]
 
     async def state(self, cursor: Position) -> LogState:
-        pipe = self._reader.pipeline(transaction=True)
-        pipe.get(self.epoch_key)
-        pipe.execute_command("XINFO", "STREAM", self.log_key)
-        pipe.execute_command("XRANGE", self.log_key, _text(cursor), _text(cursor))
-        pipe.time()
-        epoch, info, at_cursor, now = await _told(pipe.execute(raise_on_error=False))
-        for answer in (epoch, at_cursor, now):
-            if isinstance(answer, Exception):
-                raise LogUnavailable(str(answer))
-        now_ms = int(now[0]) * 1000 + int(now[1]) // 1000
-        name = epoch.decode() if epoch is not None else None
-        if isinstance(info, Exception):
-            if "no such key" not in str(info):
-                raise LogUnavailable(str(info))
-            return LogState(name, None, ORIGIN, 0, 0, False, now_ms)
-        facts = info
-        first = facts[b"first-entry"]
+        epoch, now_ms, *facts = await _told(
+            self._state(keys=[self.log_key, self.epoch_key], args=[_text(cursor)])
+        )
+        name = _str(epoch) if epoch is not None else None
+        if not facts:
+            return LogState(name, None, ORIGIN, 0, 0, False, int(now_ms))
+        last, added, length, found, first = facts
         return LogState(
             epoch=name,
-            first=_position(first[0]) if first else None,
-            last=_position(facts[b"last-generated-id"]),
-            added=int(facts[b"entries-added"]),
-            length=int(facts[b"length"]),
-            has_cursor=bool(at_cursor),
-            now_ms=now_ms,
+            first=_position(first) if first else None,
+            last=_position(last),
+            added=added,
+            length=length,
+            has_cursor=bool(found),
+            now_ms=int(now_ms),
         )
 
-    async def read(
-        self, epoch: str, after: Position, count: int, block_seconds: float
-    ) -> list[Entry]:
+    async def read(self, epoch: str, after: Position, count: int, block_seconds: float) -> list[Entry]:
         command: list[str | int] = ["XREAD", "COUNT", count]
         if block_seconds > 0:
             # Shorter than the socket's timeout, so that an unanswered read is a dead Redis.
             block = min(block_seconds, self._timeout / 2)
             command += ["BLOCK", max(1, int(block * 1000))]
         command += ["STREAMS", self.log_key, _text(after)]
-        answer = await _told(self._reader.execute_command(*command))
+        answer = await _told(cast(Any, self._reader).execute_command(*command))
         if not answer:
             return []
         [(_, rows)] = answer
         return [
-            from_fields(epoch, _position(id), fields, self._max_topics, self._max_event_bytes)
-            for id, fields in rows
+            from_fields(epoch, _position(id), fields, self._max_topics, self._max_event_bytes) for id, fields in rows
         ]
 
     async def renew_epoch(self, expected: str | None) -> str:
-        answer = await _told(
-            self._renew(keys=[self.epoch_key], args=[expected or "", secrets.token_hex(4)])
-        )
+        answer = await _told(self._renew(keys=[self.epoch_key], args=[expected or "", secrets.token_hex(4)]))
         return cast(bytes, answer).decode()
 
     async def has(self, position: Position) -> bool:
         return bool(
-            await _told(
-                self._publisher.execute_command(
-                    "XRANGE", self.log_key, _text(position), _text(position)
-                )
-            )
+            await _told(cast(Any, self._publisher).execute_command("XRANGE", self.log_key, _text(position), _text(position)))
         )
 
     async def trim(self) -> None:
@@ -243,10 +253,9 @@ class RedisLog:
 
     async def close(self) -> None:
         for client in (self._reader, self._publisher):
-            try:
+            # One that was away already leaves nothing to close.
+            with suppress(RedisError, OSError):
                 await client.aclose()
-            except (RedisError, OSError):
-                pass  # it was away already; there is nothing left to close
 
     async def _check_policy(self) -> None:
         """Refuse a Redis that may evict the log to make room."""

@@ -63,20 +63,32 @@ def routes(kit: Kit) -> Blueprint:
         key = request.headers.get("Idempotency-Key")
         if key is not None and not _IDEMPOTENCY_KEY.fullmatch(key):
             raise Problem(
-                400, "invalid", "Idempotency-Key", "must be 1 to 255 visible ASCII characters",
-                key, "A UUID is a good one.",
+                400,
+                "invalid",
+                "Idempotency-Key",
+                "must be 1 to 255 visible ASCII characters",
+                key,
+                "A UUID is a good one.",
             )
         try:
             ids = await kit.log.publish(Batch.of(drafts, key))
         except IdempotencyConflict:
             raise Problem(
-                422, "idempotency-conflict", "Idempotency-Key", "was used with other events before",
-                key, "Make a new key for each publish; repeat one only with the same body.",
+                422,
+                "idempotency-conflict",
+                "Idempotency-Key",
+                "was used with other events before",
+                key,
+                "Make a new key for each publish; repeat one only with the same body.",
             ) from None
         except LogUnavailable as error:
             kit.logger.warning("publish_failed", error=str(error), events=len(drafts))
             raise Problem(
-                503, "log-unavailable", "log", "does not answer", None,
+                503,
+                "log-unavailable",
+                "log",
+                "does not answer",
+                None,
                 "Publish again with the same Idempotency-Key: nothing will be doubled.",
                 {"Retry-After": "1"},
             ) from None
@@ -128,7 +140,11 @@ def routes(kit: Kit) -> Blueprint:
     @pages.app_errorhandler(404)
     async def not_found(error: Exception) -> Response:
         return Problem(
-            404, "not-found", "path", "must be one of this application", request.path,
+            404,
+            "not-found",
+            "path",
+            "must be one of this application",
+            request.path,
             "See the endpoints in README.md.",
         ).response()
 
@@ -136,8 +152,13 @@ def routes(kit: Kit) -> Blueprint:
     async def bad_method(error: Any) -> Response:
         allowed = ", ".join(sorted(error.valid_methods or ()))
         return Problem(
-            405, "bad-method", "method", f"must be one of {allowed}", request.method,
-            "See the endpoints in README.md.", {"Allow": allowed},
+            405,
+            "bad-method",
+            "method",
+            f"must be one of {allowed}",
+            request.method,
+            "See the endpoints in README.md.",
+            {"Allow": allowed},
         ).response()
 
     @pages.app_errorhandler(413)
@@ -148,7 +169,12 @@ def routes(kit: Kit) -> Blueprint:
     async def failed(error: Exception) -> Response:
         kit.logger.error("request_failed", path=request.path, exc_info=error)
         return Problem(
-            500, "internal", "server", "failed", None, "It is logged with this request's id.",
+            500,
+            "internal",
+            "server",
+            "failed",
+            None,
+            "It is logged with this request's id.",
         ).response()
 
     return pages
@@ -207,9 +233,7 @@ async def _body(kit: Kit, stream: Stream, place: _Place, scope: Any) -> AsyncIte
         )
     taken: bool | None = False
     if settings.handoff == "auto":
-        taken = take_over(
-            scope, scope["extensions"]["sse.send"], stream, hub, settings.send_buffer_bytes
-        )
+        taken = take_over(scope, scope["extensions"]["sse.send"], stream, hub, settings.send_buffer_bytes)
     if taken is None:
         return
     if taken:
@@ -271,7 +295,11 @@ def _topics(most: int, user: str | None) -> tuple[str, ...]:
     for name in request.args:
         if name not in _STREAM_ARGUMENTS:
             raise Problem(
-                400, "invalid", "query parameter", "must be topic, last_event_id or user", name,
+                400,
+                "invalid",
+                "query parameter",
+                "must be topic, last_event_id or user",
+                name,
                 "Give each topic as its own `topic=`.",
             )
     own = None if user is None else "user:" + quote(user, safe="")
@@ -283,7 +311,11 @@ def _topics(most: int, user: str | None) -> tuple[str, ...]:
             raise Problem.of(error) from None
         if topic.startswith("user:") and topic != own:
             raise Problem(
-                403, "forbidden", "topic", "must not be another user's", topic,
+                403,
+                "forbidden",
+                "topic",
+                "must not be another user's",
+                topic,
                 "A user's own topic comes with every stream of that user.",
             )
     asked["broadcast"] = None
@@ -291,7 +323,11 @@ def _topics(most: int, user: str | None) -> tuple[str, ...]:
         asked[own] = None
     if len(asked) > most:
         raise Problem(
-            400, "invalid", "topics", f"must be at most SSE_MAX_TOPICS ({most})", len(asked),
+            400,
+            "invalid",
+            "topics",
+            f"must be at most SSE_MAX_TOPICS ({most})",
+            len(asked),
             "Use a prefix such as `orders/*`, or a second stream.",
         )
     return tuple(asked)
@@ -302,7 +338,11 @@ async def _place(kit: Kit) -> _Place:
     asked = request.args.get("last_event_id")
     if asked is not None and not _POSITION.fullmatch(asked):
         raise Problem(
-            400, "invalid", "last_event_id", "must be an id that was read from a stream", asked,
+            400,
+            "invalid",
+            "last_event_id",
+            "must be an id that was read from a stream",
+            asked,
             "Leave it out to begin now, or give `earliest` for all that is kept.",
         )
     # The header comes with a browser's own reconnect, to the same address as
@@ -322,8 +362,13 @@ async def _place(kit: Kit) -> _Place:
         found = await kit.reader.located(asked)
     except LogUnavailable:
         raise Problem(
-            503, "log-unavailable", "position", "could not be checked: the log does not answer", asked,
-            "Connect again with the same Last-Event-ID.", {"Retry-After": "1"},
+            503,
+            "log-unavailable",
+            "position",
+            "could not be checked: the log does not answer",
+            asked,
+            "Connect again with the same Last-Event-ID.",
+            {"Retry-After": "1"},
         ) from None
     if isinstance(found, str):
         return _Place(shown, lost=found)
@@ -340,18 +385,26 @@ _LOST = {
 async def _json(most: int) -> Any:
     if request.mimetype != "application/json":
         raise Problem(
-            415, "media-type", "Content-Type", "must be application/json",
-            request.headers.get("Content-Type"), "Send JSON and say so.",
+            415,
+            "media-type",
+            "Content-Type",
+            "must be application/json",
+            request.headers.get("Content-Type"),
+            "Send JSON and say so.",
         )
     if (request.content_length or 0) > most:
         raise _body_too_large(most)
-    body = await request.get_data(as_text=False)
+    body: bytes = await request.get_data(as_text=False)  # type: ignore[assignment]
     try:
         return json.loads(body, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         why = "is nested too deeply" if isinstance(error, RecursionError) else f"must be JSON ({error})"
         raise Problem(
-            400, "invalid", "body", why, body[:100].decode("utf-8", "replace"),
+            400,
+            "invalid",
+            "body",
+            why,
+            body[:100].decode("utf-8", "replace"),
             "Send one event or an array of events.",
         ) from None
 
@@ -362,8 +415,12 @@ def _no_constant(name: str) -> NoReturn:
 
 def _body_too_large(most: int) -> Problem:
     return Problem(
-        413, "too-large", "body", f"must have at most SSE_MAX_BODY_BYTES ({most}) bytes",
-        request.content_length, "Publish in smaller batches.",
+        413,
+        "too-large",
+        "body",
+        f"must have at most SSE_MAX_BODY_BYTES ({most}) bytes",
+        request.content_length,
+        "Publish in smaller batches.",
     )
 
 
@@ -374,13 +431,21 @@ def _drafts(body: Any, kit: Kit) -> list[Draft]:
         return [_draft(body, kit, "")]
     if not isinstance(body, list) or not body:
         raise Problem(
-            400, "invalid", "body", "must be an event or an array of events", body,
+            400,
+            "invalid",
+            "body",
+            "must be an event or an array of events",
+            body,
             'Send {"topics": ["news"], "data": "hello"}.',
         )
     if len(body) > settings.max_batch_events:
         raise Problem(
-            400, "invalid", "events", f"must be at most SSE_MAX_BATCH_EVENTS ({settings.max_batch_events})",
-            len(body), "Publish in smaller batches.",
+            400,
+            "invalid",
+            "events",
+            f"must be at most SSE_MAX_BATCH_EVENTS ({settings.max_batch_events})",
+            len(body),
+            "Publish in smaller batches.",
         )
     return [_draft(item, kit, f"[{number}].") for number, item in enumerate(body)]
 
@@ -400,7 +465,10 @@ def _draft(item: Any, kit: Kit, where: str) -> Draft:
         raise wrong("topics", "must be an array of at least one topic", topics, 'Such as ["news"].')
     if len(topics) > settings.max_topics:
         raise wrong(
-            "topics", f"must be at most SSE_MAX_TOPICS ({settings.max_topics})", len(topics), "Publish twice.",
+            "topics",
+            f"must be at most SSE_MAX_TOPICS ({settings.max_topics})",
+            len(topics),
+            "Publish twice.",
         )
     if "data" not in item:
         raise wrong("data", "must be there", None, 'Send "" for an event without data.')
@@ -411,7 +479,9 @@ def _draft(item: Any, kit: Kit, where: str) -> Draft:
         size = len(data.encode())
         if size > settings.max_event_bytes:
             raise wrong(
-                "data", f"must have at most SSE_MAX_EVENT_BYTES ({settings.max_event_bytes}) bytes", size,
+                "data",
+                f"must have at most SSE_MAX_EVENT_BYTES ({settings.max_event_bytes}) bytes",
+                size,
                 "Send a link to it instead.",
             )
         event = item.get("event", "")

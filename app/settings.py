@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-
 # Kubernetes gives every pod variables for every Service: SSE_APP_SERVICE_HOST
 # and the like, for one that is called sse-app.
 _SERVICE_LINK = re.compile(r"_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP)(_\w+)?)?)$")
@@ -62,7 +61,9 @@ class Settings:
     """All settings of one process. The variable of `max_age_seconds` is `SSE_MAX_AGE_SECONDS`."""
 
     # --- Where it runs
-    env: str = _choice("development", ("development", "production"), "`production` refuses what is only for development.")
+    env: str = _choice(
+        "development", ("development", "production"), "`production` refuses what is only for development."
+    )
     auth: str = _choice("none", ("none",), "`none` lets anybody in and is refused in production.")
     host: str = _text("127.0.0.1", "Address to listen on.")
     port: int = _count(8000, 1, 65535, "Port to listen on.")
@@ -71,22 +72,35 @@ class Settings:
     loop: str = _choice("uvloop", ("uvloop", "asyncio"), "Event loop.")
 
     # --- The log
-    redis_url: str = _text("", "Redis 7 or Valkey, as `redis://…`, `rediss://…` or `unix://…`. Empty: the log is in memory, for one process.")
+    redis_url: str = _text(
+        "",
+        "Redis 7 or Valkey, as `redis://…`, `rediss://…` or `unix://…`. Empty: the log is in memory, for one process.",
+    )
     key_prefix: str = _text("sse", "All keys begin with `{this}`, so that environments can share a Redis.")
     history_seconds: float = _seconds(600, 0.2, 86_400, "Be back within this time and you miss nothing.")
-    log_max_events: int = _count(1_000_000, 10, 100_000_000, "Longest log. Reached before `SSE_HISTORY_SECONDS`, it cuts the promise short.")
+    log_max_events: int = _count(
+        1_000_000, 10, 100_000_000, "Longest log. Reached before `SSE_HISTORY_SECONDS`, it cuts the promise short."
+    )
     window_max_bytes: int = _count(134_217_728, 65_536, 1 << 40, "Largest window in the memory of one process.")
     redis_timeout_seconds: float = _seconds(2, 0.05, 60, "A Redis that is silent for longer is away.")
     publish_timeout_seconds: float = _seconds(3, 0.05, 60, "Longest wait of one publish, retries included.")
     idempotency_seconds: float = _seconds(600, 1, 86_400, "How long an `Idempotency-Key` is remembered.")
 
     # --- One stream
-    heartbeat_seconds: float = _seconds(15, 0.02, 300, "Longest silence on a stream. Keep `proxy_read_timeout` at 4 to 5 times this.")
-    max_age_seconds: float = _seconds(480, 0.2, 86_400, "A stream ends at 80 to 100 % of this. Keep it under nginx's `worker_shutdown_timeout`.")
+    heartbeat_seconds: float = _seconds(
+        15, 0.02, 300, "Longest silence on a stream. Keep `proxy_read_timeout` at 4 to 5 times this."
+    )
+    max_age_seconds: float = _seconds(
+        480, 0.2, 86_400, "A stream ends at 80 to 100 % of this. Keep it under nginx's `worker_shutdown_timeout`."
+    )
     slow_consumer_seconds: float = _seconds(10, 0.1, 600, "A stream whose client takes nothing for this long ends.")
-    send_buffer_bytes: int = _count(65_536, 4_096, 16_777_216, "Kernel's send buffer of one stream: what a stalled client can cost.")
+    send_buffer_bytes: int = _count(
+        65_536, 4_096, 16_777_216, "Kernel's send buffer of one stream: what a stalled client can cost."
+    )
     retry_ms: int = _count(1_000, 0, 86_400_000, "Clients reconnect after one to two times this.")
-    handoff: str = _choice("auto", ("auto", "off"), "`auto` takes a stream's connection over from Hypercorn; `off` never.")
+    handoff: str = _choice(
+        "auto", ("auto", "off"), "`auto` takes a stream's connection over from Hypercorn; `off` never."
+    )
 
     # --- Lifetime
     drain_seconds: float = _seconds(45, 0, 540, "On SIGTERM all streams end spread over this time.")
@@ -100,7 +114,10 @@ class Settings:
     max_batch_events: int = _count(1_000, 1, 100_000, "Most events of one publish.")
 
     # --- Answers and logs
-    soft_fail: bool = _switch(True, "Answer a native EventSource `200` with `retry:` where others get 429 or 503: it gives up for ever on any other status.")
+    soft_fail: bool = _switch(
+        True,
+        "Answer a native EventSource `200` with `retry:` where others get 429 or 503: it gives up for ever on any other status.",
+    )
     log_format: str = _choice("auto", ("auto", "json", "console"), "`auto`: JSON unless standard error is a terminal.")
     log_level: str = _choice("info", ("debug", "info", "warning", "error"), "Least severe line that is written.")
     log_hash_users: bool = _switch(False, "Write a keyed hash of user ids instead of the ids.")
@@ -108,7 +125,9 @@ class Settings:
     def __post_init__(self) -> None:
         if self.env == "production" and self.auth == "none":
             raise SettingError(
-                "SSE_AUTH", "other than 'none' in production", "none",
+                "SSE_AUTH",
+                "other than 'none' in production",
+                "none",
                 "It would let anybody in; set SSE_ENV=development to try things out.",
             )
         if self.heartbeat_seconds * 4 > self.history_seconds:
@@ -134,12 +153,16 @@ class Settings:
             )
         if not self.key_prefix or any(c in self.key_prefix for c in "{} \r\n"):
             raise SettingError(
-                "SSE_KEY_PREFIX", "text without braces and spaces", self.key_prefix,
+                "SSE_KEY_PREFIX",
+                "text without braces and spaces",
+                self.key_prefix,
                 "It becomes the hash tag of all keys.",
             )
         if self.redis_url and not self.redis_url.startswith(("redis://", "rediss://", "unix://")):
             raise SettingError(
-                "SSE_REDIS_URL", "redis://…, rediss://… or unix://…", _without_password(self.redis_url),
+                "SSE_REDIS_URL",
+                "redis://…, rediss://… or unix://…",
+                _without_password(self.redis_url),
                 "Leave it empty for a log in memory.",
             )
 
@@ -191,7 +214,11 @@ def _parse(key: str, rule: _Rule, text: str) -> Any:
             return text
         raise SettingError(key, "one of " + ", ".join(rule.choices), text, rule.about)
     unit = "seconds, fractions allowed," if rule.kind == "seconds" else "a whole number"
-    rule_text = f"{unit} from {rule.low:g} to {rule.high:g}" if rule.kind == "seconds" else f"{unit} from {int(rule.low)} to {int(rule.high)}"
+    rule_text = (
+        f"{unit} from {rule.low:g} to {rule.high:g}"
+        if rule.kind == "seconds"
+        else f"{unit} from {int(rule.low)} to {int(rule.high)}"
+    )
     try:
         number: float = float(text) if rule.kind == "seconds" else int(text)
     except ValueError:

@@ -196,11 +196,7 @@ class Window:
         return [
             ordinal
             for ordinal in range(cursor, behind)
-            if any(
-                matches(wanted, topic)
-                for topic in self._entries[base + ordinal].topics
-                for wanted in topics
-            )
+            if any(matches(wanted, topic) for topic in self._entries[base + ordinal].topics for wanted in topics)
         ], behind
 
     def _drop_first(self) -> None:
