@@ -1,0 +1,129 @@
+"""
+This kit: its application on both paths, with and without Redis, and behind its nginx.
+
+Redis and nginx count as part of the server: what the kit needs, the kit pays.
+All parts are started by app/stack.py, as `make up` starts them.
+"""
+
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from app.stack import Stack, StackError, find_tool
+
+from ..process import StartError, Watched
+from ..publisher import HttpPublisher, RedisPublisher, json_body
+from .base import HEARTBEAT_SECONDS, TOPIC, Absent, Peer, Running
+
+KEY_PREFIX = "bench"
+
+
+class _Application(Peer):
+    resumes = True
+    scales = True
+    handoff = "auto"
+    redis = True
+    nginx = False
+
+    def version(self) -> str:
+        """
+        Name the versions below it.
+        """
+        try:
+            if self.redis:
+                find_tool("redis-server", "valkey-server")
+            if self.nginx:
+                find_tool("nginx")
+        except StackError as error:
+            raise Absent(str(error)) from None
+        try:
+            return ", ".join(f"{name} {version(name)}" for name in ("quart", "hypercorn", "uvloop", "redis"))
+        except PackageNotFoundError as error:
+            raise Absent(f"the application needs {error.name}: run make install") from None
+
+    def start(self, folder: Path, *, processes: int = 1, heartbeat: int = HEARTBEAT_SECONDS) -> Running:
+        """
+        Start the application's processes, Redis and nginx where they are used.
+        """
+        self.version()
+        # (!) A second start in the same run needs an empty folder: Redis loads
+        # what the first left.
+        number = sum(1 for _ in folder.glob(f"{self.name}-*"))
+        settings = {
+            "SSE_HANDOFF": self.handoff,
+            "SSE_HEARTBEAT_SECONDS": str(heartbeat),
+            "SSE_KEY_PREFIX": KEY_PREFIX,
+            "SSE_LOG_FORMAT": "json",
+        }
+        stack = Stack(
+            apps=processes,
+            env=settings,
+            redis=self.redis,
+            nginx=self.nginx,
+            directory=folder / f"{self.name}-{number}",
+        )
+        try:
+            stack.start()
+        except StackError as error:
+            raise StartError(f"{self.name}: {error}") from None
+        publisher: RedisPublisher | HttpPublisher
+        if stack.redis is not None:
+            publisher = RedisPublisher(stack.redis.port, f"{{{KEY_PREFIX}}}:log", TOPIC)
+        else:
+            publisher = HttpPublisher(stack.apps[0].port, render_publish)
+        fronts = [stack.nginx] if stack.nginx is not None else stack.apps
+        return Running(
+            [("127.0.0.1", front.port) for front in fronts],
+            f"/events?topic={TOPIC}",
+            publisher.publish,
+            [Watched(part.name.partition("-")[0], part.pid) for part in stack.parts],
+            [publisher.end, stack.close],
+            tuple(app.metrics_port for app in stack.apps),
+        )
+
+
+def render_publish(burst: list[str]) -> list[tuple[str, dict[str, str], bytes]]:
+    """
+    Put a burst into one POST /publish.
+    """
+    drafts = [{"topics": [TOPIC], "event": "message", "data": data} for data in burst]
+    return [("/publish", {"Content-Type": "application/json"}, json_body(drafts))]
+
+
+class ApplicationOn(_Application):
+    """
+    As shipped: Redis and the hand-off; published to by XADD.
+    """
+
+    name = "app"
+    title = "this kit"
+
+
+class ApplicationInMemory(_Application):
+    """
+    The same without Redis; published to by POST /publish.
+    """
+
+    name = "app-memory"
+    title = "this kit, log in memory"
+    redis = False
+    scales = False
+
+
+class ApplicationOff(_Application):
+    """
+    The generator path, which serves what cannot be handed off.
+    """
+
+    name = "app-off"
+    title = "this kit, generator path"
+    handoff = "off"
+
+
+class ApplicationBehindNginx(_Application):
+    """
+    The whole stack: Redis, one application process, nginx with the kit's configuration.
+    """
+
+    name = "app-nginx"
+    title = "this kit behind nginx"
+    nginx = True

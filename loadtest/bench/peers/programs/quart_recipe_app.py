@@ -1,0 +1,78 @@
+"""
+The usual way to serve event streams with Quart: a generator and a queue per stream.
+
+Written as tutorials teach it; only the open comment (so that the load client knows
+when a stream is subscribed) and a publish route are added.
+"""
+
+import asyncio
+from dataclasses import dataclass
+
+from quart import Quart, make_response, request
+
+app = Quart(__name__)
+queues: dict[str, set[asyncio.Queue]] = {}
+last_id = 0
+
+
+@dataclass(slots=True)
+class Event:
+    """
+    One event, encoded by each stream for itself.
+    """
+
+    data: str
+    id: int
+
+    def encode(self) -> bytes:
+        """
+        Return the block.
+        """
+        return f"id: {self.id}\ndata: {self.data}\n\n".encode()
+
+
+@app.get("/events")
+async def events():
+    """
+    One stream.
+    """
+    topic = request.args["topic"]
+
+    async def send():
+        queue: asyncio.Queue[Event] = asyncio.Queue()
+        queues.setdefault(topic, set()).add(queue)
+        try:
+            yield b": open\n\n"
+            while True:
+                yield (await queue.get()).encode()
+        finally:
+            queues[topic].discard(queue)
+
+    response = await make_response(
+        send(), {"Content-Type": "text/event-stream", "Cache-Control": "no-store"}
+    )
+    response.timeout = None
+    return response
+
+
+@app.post("/publish")
+async def publish():
+    """
+    Give the events of one burst to every stream of the topic.
+    """
+    global last_id
+    body = await request.get_json()
+    for data in body["burst"]:
+        last_id += 1
+        event = Event(data, 1763712000000 + last_id)
+        for queue in queues.get(body["topic"], ()):
+            queue.put_nowait(event)
+    return "", 201
+
+
+@app.get("/healthz")
+async def healthz():
+    """
+    Say that the loop runs.
+    """
+    return "", 204
