@@ -1,7 +1,7 @@
 #!/bin/sh
 # Install programs of the system that are missing, by the system's package manager.
 #
-#   .make/packages.sh stack        nginx, and Redis or Valkey
+#   .make/packages.sh stack        nginx, Redis or Valkey, and curl to try them
 #   .make/packages.sh stack test   these, and what the tests drive
 #   .make/packages.sh venv PYTHON  the part of PYTHON that makes environments
 #
@@ -89,36 +89,36 @@ as_root() {
     quiet_services "$wanted"
     # Lists may name packages that the mirror has replaced: once more with new ones.
     # shellcheck disable=SC2086 # words, not one argument
-    apt install --no-install-recommends $wanted ||
+    apt install --no-install-recommends $wanted 2>/dev/null ||
         { apt update && apt install --no-install-recommends $wanted; }
 }
 
-if [ "${1:-}" = as-root ]; then
-    shift
-    as_root "$@"
-    exit
-fi
+case ${1:-} in
+as-root-update) apt update; exit ;;
+as-root-install) shift; as_root "$@"; exit ;;
+esac
+
+# --- As whoever called make
+
+# Sudo may ask for a password only where somebody can answer.
+may_be_root() { [ "$(id -u)" -eq 0 ] || { have sudo && { [ -t 0 ] || sudo -n true 2>/dev/null; }; }; }
+become_root() { if [ "$(id -u)" -eq 0 ]; then sh .make/packages.sh "$@"; else sudo sh .make/packages.sh "$@"; fi; }
 
 install() {
-    say "Installing with apt-get: $*. Nothing is started or enabled."
-    if [ "$(id -u)" -eq 0 ]; then
-        sh .make/packages.sh as-root "$@"
-    elif have sudo && { [ -t 0 ] || sudo -n true 2>/dev/null; }; then
-        sudo sh .make/packages.sh as-root "$@"
-    else
+    may_be_root || {
         say "Only root may install, and sudo is not possible here. As root: apt-get install $*" >&2
         return 1
-    fi
+    }
+    say "Installing with apt-get: $*. Nothing is started or enabled."
+    become_root as-root-install "$@"
 }
 
-# Lists that are absent or old know no packages. As root only, like apt-get.
+# A fresh machine has no lists, and then knows no packages.
 refresh() {
     for package; do
         candidate "$package" && return
     done
-    if [ "$(id -u)" -eq 0 ]; then apt update
-    elif have sudo && { [ -t 0 ] || sudo -n true 2>/dev/null; }; then sudo apt-get -qq update
-    fi || true
+    if may_be_root; then become_root as-root-update || true; fi
 }
 
 # --- What is missing?
@@ -137,6 +137,7 @@ stack)
     required='' optional='' brew=''
     have nginx || { required="$required nginx" brew="$brew nginx"; }
     have redis-server || have valkey-server || { required="$required redis-server" brew="$brew redis"; }
+    have curl || { required="$required curl" brew="$brew curl"; } # for the two lines to try
     if [ "${2:-}" = test ]; then
         have chromium || optional="$optional chromium"
         have firefox-esr || optional="$optional firefox-esr"
