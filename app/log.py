@@ -200,6 +200,9 @@ def from_fields(
             )
         event = check_name(fields.get(b"event", b"").decode())
         retry = fields.get(b"retry")
-        return Entry(position, id, topics, raw.decode(), event, None if retry is None else check_retry(int(retry)))
+        if retry is not None:
+            # Digits alone: `int` would also take signs, spaces and underscores.
+            retry = check_retry(int(retry) if retry.isdigit() and len(retry) <= 8 else retry)
+        return Entry(position, id, topics, raw.decode(), event, retry)
     except ValueError as error:  # EventError and UnicodeDecodeError are ones
         return Entry(position, id, (), str(error))

@@ -213,8 +213,9 @@ class RedisLog:
     async def read(self, epoch: str, after: Position, count: int, block_seconds: float) -> list[Entry]:
         command: list[str | int] = ["XREAD", "COUNT", count]
         if block_seconds > 0:
-            # Shorter than the socket's timeout, so that an unanswered read is a dead Redis.
-            block = min(block_seconds, self._timeout / 2)
+            # Shorter than the socket's timeout, so that an unanswered read is a dead
+            # Redis. An idle one wakes waiting clients only ten times a second.
+            block = min(block_seconds, self._timeout / 2 - 0.1)
             command += ["BLOCK", max(1, int(block * 1000))]
         command += ["STREAMS", self.log_key, _text(after)]
         answer = await _told(cast(Any, self._reader).execute_command(*command))
