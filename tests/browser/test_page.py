@@ -76,10 +76,15 @@ class TestFeed:
         page.goto(f"{site.url}/?topic={topic}&name={name}")
         expect(page.get_by_role("status").first).to_have_text("Open")
 
-        publish(site.url, {"topics": [topic], "event": name, "data": "only a name"})
+        publish(
+            site.url,
+            {"topics": [topic], "event": name, "data": "only a name"},
+            {"topics": [topic], "data": "the next event"},
+        )
 
+        expect(row(page, "the next event")).to_have_count(1)
         expect(row(page, "only a name")).to_have_count(1)
-        expect(page.get_by_role("status").first).to_have_text("Open")
+        expect(page.get_by_role("log").locator("li.notice")).to_have_count(1)  # opened, once
 
     @pytest.mark.parametrize(("path", "seconds"), [("path", "seconds"), ("uri", "request_time")])
     def test_access_log_line(self, site, publish, page, topic, path, seconds):
@@ -273,7 +278,9 @@ class TestLayout:
         publish(site.url, {"topics": [topic], "event": "x" * 100, "data": ""}, {"topics": [topic], "data": "y" * 5000})
 
         expect(row(page, "yyy")).to_have_count(1)
-        assert width == page.evaluate("document.documentElement.scrollWidth")
+        for selector in ("html", "#feed"):
+            shown, whole = page.locator(selector).evaluate("e => [e.clientWidth, e.scrollWidth]")
+            assert shown == whole, selector
 
     @pytest.mark.usefixtures("expects_failed_requests")
     @pytest.mark.parametrize("colors", ["light", "dark"])
