@@ -8,7 +8,6 @@ https://html.spec.whatwg.org/multipage/server-sent-events.html#event-stream-inte
 """
 
 import itertools
-import os
 import time
 from dataclasses import dataclass, field
 
@@ -18,8 +17,7 @@ from hypothesis import strategies as st
 
 from app.parser import EventTooLong, Parser, ServerSentEvent
 
-# The seed is fixed under CI, so that a red run can be repeated.
-examples = settings(max_examples=300, deadline=None, derandomize=bool(os.environ.get("CI")))
+examples = settings(max_examples=300)
 
 
 @dataclass
