@@ -168,6 +168,8 @@ async def listen(
                             elif kit_events or not event.event.startswith("stream."):
                                 yield event
                 cause = "the stream ended"
+                if later_status := response.headers.get("X-Sse-Fallback"):
+                    cause = f"the server answered {later_status}, softened for browsers"
             except _Later as later:
                 cause, least = str(later), later.seconds
             except TimeoutError:
@@ -289,7 +291,8 @@ async def _next(chunks: AsyncIterator[bytes], silence: float) -> bytes | None:
 
 def _stream_headers(headers: Mapping[str, str] | None, position: str) -> list[tuple[bytes, bytes]]:
     own = {
-        "Accept": "text/event-stream",
+        # More than EventSource asks for: what is not now gets its true status, and no soft fail.
+        "Accept": "text/event-stream, application/problem+json",
         "Accept-Encoding": "identity",
         "Cache-Control": "no-store",
     }

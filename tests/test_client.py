@@ -8,7 +8,8 @@ import asyncio
 import random
 import socket
 import time
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing, asynccontextmanager
 from email.utils import formatdate
 
 import httpx2
@@ -17,6 +18,7 @@ import pytest
 from app import client as client_module
 from app.client import GaveUp, Refused, ServerSentEvent, StreamReset, listen, publish
 from app.event import encode
+from app.stack import Stack
 from tests.scripted_server import accepted, dropped, serving, silent, status, stream
 
 EVENT = {"topics": ["logs"], "data": "a"}
@@ -82,7 +84,8 @@ class TestListen:
         request = server.requests[0]
         assert ("GET", "/events") == (request.method, request.path)
         assert {"topic": ["logs", "a b"], "user": ["zoë"]} == request.query
-        assert "text/event-stream" == request.headers["accept"]
+        # Not EventSource's own, which would be answered with a soft fail.
+        assert "text/event-stream, application/problem+json" == request.headers["accept"]
         assert "b" == request.headers["x-a"]
         assert "last-event-id" not in request.headers
 
@@ -324,8 +327,11 @@ class TestWaiting:
         assert all(30 <= seconds <= 45 for seconds in with_sleep[5:])
         assert [0.002, 0.004, 0.008] == pytest.approx([s for _, s in waits], rel=0.5)
         assert waits[2][1] >= 0.008
-        async with serving(stream(b"retry: 2\n\n")) as server:
-            assert (await waits_of(server.url, 3))[2][1] >= 0.008
+        soft = stream(b"retry: 2\n: 503, come back later\n\n", head="X-Sse-Fallback: 503\r\n")
+        async with serving(soft) as server:
+            cause, seconds = (await waits_of(server.url, 3))[2]
+        assert seconds >= 0.008
+        assert "the server answered 503, softened for browsers" == cause
 
     async def test_an_event_ends_the_failures(self):
         """
@@ -467,10 +473,15 @@ class TestPublish:
         """
         Retry-After is respected; one beyond the deadline is not waited for.
         """
-        waits = []
-        async with serving(status(429, "Retry-After: 1"), accepted) as server:
-            await publish(server.url, EVENT, on_wait=lambda _, seconds: waits.append(seconds))
-        assert 1 <= waits[0] <= 1.5
+
+        def on_wait(cause: str, seconds: float) -> None:
+            assert "the server answered 429 Status 429" == cause
+            assert 7 <= seconds <= 10.5
+            raise Enough
+
+        async with serving(status(429, "Retry-After: 7")) as server:
+            with pytest.raises(Enough):
+                await publish(server.url, EVENT, on_wait=on_wait)
 
         async with serving(status(429, "Retry-After: 60")) as server:
             with pytest.raises(GaveUp, match="429") as gave_up:
@@ -504,3 +515,151 @@ class TestPublish:
                 await publish(server.url, {**EVENT, "data": "\ud800"})
 
         assert [] == server.requests
+
+
+# --- Against the application ---
+
+
+@pytest.fixture(scope="module")
+def application() -> Iterator[str]:
+    """One process with its log in memory, whose streams end several times a second."""
+    env = {
+        "SSE_MAX_AGE_SECONDS": "0.3",
+        "SSE_HEARTBEAT_SECONDS": "0.1",
+        "SSE_RETRY_MS": "1",
+        "SSE_MAX_TOPICS": "3",
+        "SSE_DRAIN_LEAD_SECONDS": "0",
+        "SSE_DRAIN_SECONDS": "0",
+    }
+    with Stack(apps=1, redis=False, nginx=False, env=env) as stack:
+        yield stack.url
+
+
+@asynccontextmanager
+async def losing_answers(url: str, count: int) -> AsyncGenerator[str]:
+    """A way to *url* that loses the first *count* answers, after the server gave them."""
+    host, port = url.removeprefix("http://").split(":")
+    lost = 0
+
+    async def relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal lost
+        far_reader, far_writer = await asyncio.open_connection(host, int(port))
+        request = await reader.readuntil(b"\r\n\r\n")
+        length = next(line for line in request.lower().split(b"\r\n") if line.startswith(b"content-length:"))
+        far_writer.write(request + await reader.readexactly(int(length.partition(b":")[2])))
+        answer = await far_reader.readuntil(b"\r\n\r\n")
+        if lost < count:
+            lost += 1
+            assert answer.startswith(b"HTTP/1.1 201 ")
+            writer.transport.abort()
+        else:
+            writer.write(answer + await far_reader.read(10_000))
+            await writer.drain()
+            writer.close()
+        far_writer.close()
+
+    listener = await asyncio.start_server(relay, "127.0.0.1", 0)
+    try:
+        yield f"http://127.0.0.1:{listener.sockets[0].getsockname()[1]}"
+    finally:
+        listener.close()
+        listener.close_clients()
+
+
+class TestAgainstTheApplication:
+    async def test_every_event_once_over_many_streams(self, application):
+        """
+        Streams end and begin anew while events come; the listener sees one order without a gap.
+        """
+        opened, opens = asyncio.Event(), []
+
+        def on_open(content: dict) -> None:
+            opens.append(content["stream"])
+            opened.set()
+
+        listening = asyncio.create_task(take(300, application, ["many"], on_open=on_open))
+        await opened.wait()
+        async with httpx2.AsyncClient() as client:
+            for number in range(300):
+                await publish(application, {"topics": ["many"], "data": str(number)}, client=client)
+                await asyncio.sleep(0.005)
+
+        events = await asyncio.wait_for(listening, 20)
+
+        assert [str(number) for number in range(300)] == [event.data for event in events]
+        assert sorted({event.id for event in events}) == sorted(event.id for event in events)
+        assert len(opens) >= 3
+
+    async def test_replay_from_a_stored_position(self, application):
+        """
+        Names, line ends and any text arrive, from the beginning or after a stored id.
+        """
+        data = ["é😀\na\r\nb\rc", "", {"n": [1, None]}, " x "]
+        events = [{"topics": ["replay"], "event": "tick", "data": value} for value in data]
+        ids = await publish(application, events)
+
+        expected = list(zip(["é😀\na\nb\nc", "", '{"n":[1,null]}', " x "], ids, strict=True))
+        replayed = await take(4, application, "replay", last_event_id="earliest")
+        assert expected == [(event.data, event.id) for event in replayed]
+        assert {"tick"} == {event.event for event in replayed}
+        replayed = await take(2, application, "replay", last_event_id=ids[1])
+        assert expected[2:] == [(event.data, event.id) for event in replayed]
+
+    async def test_an_answer_that_was_lost(self, application):
+        """
+        Events whose acknowledgement was lost are published once.
+        """
+        events = [{"topics": ["lost"], "data": str(number)} for number in range(3)]
+        async with losing_answers(application, 2) as url:
+            ids = await publish(url, events)
+        await publish(application, {"topics": ["lost"], "data": "last"})
+
+        replayed = await take(4, application, "lost", last_event_id="earliest")
+        assert ["0", "1", "2", "last"] == [event.data for event in replayed]
+        assert ids == [event.id for event in replayed[:3]]
+
+    async def test_loss_is_announced(self, application):
+        """
+        A position of another history comes back as a reset, and the stream goes on.
+        """
+        async with aclosing(listen(application, "reset", last_event_id="0ther:1-0")) as listening:
+            reset = await anext(listening)
+            await publish(application, {"topics": ["reset"], "data": "after"})
+            after = await anext(listening)
+
+        assert isinstance(reset, StreamReset)
+        assert "epoch_changed" == reset.reason
+        assert "after" == after.data
+
+    async def test_refusals_carry_the_problem(self, application):
+        """
+        What the application refuses reaches the caller with name, rule and cure.
+        """
+        with pytest.raises(Refused, match=r"topics must be at most SSE_MAX_TOPICS \(3\)") as refused:
+            await take(1, application, ["a", "b", "c"])
+        assert "topics" == refused.value.problem["name"]
+        with pytest.raises(Refused, match=r"\[1\]\.topic must be 1 to 255 characters") as refused:
+            await publish(application, [EVENT, {"topics": ["ü"], "data": ""}])
+        assert 400 == refused.value.status
+
+    async def test_killed_application(self, stack):
+        """
+        SIGKILL of the process that serves the stream: what was published meanwhile comes once, in order.
+        """
+        kit = stack(
+            apps=2, nginx=False, env={"SSE_RETRY_MS": "20", "SSE_DRAIN_LEAD_SECONDS": "0", "SSE_DRAIN_SECONDS": "0"}
+        )
+        first, second = kit.apps
+        opened = asyncio.Event()
+        listening = asyncio.create_task(take(200, first.url, on_open=lambda _: opened.set()))
+        await opened.wait()
+        async with httpx2.AsyncClient() as client:
+            for number in range(200):
+                if number == 50:
+                    first.kill()
+                if number == 150:
+                    await asyncio.to_thread(first.restart)
+                await publish(second.url, {"topics": ["logs"], "data": str(number)}, client=client)
+
+        events = await asyncio.wait_for(listening, 20)
+        assert [str(number) for number in range(200)] == [event.data for event in events]
