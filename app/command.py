@@ -265,7 +265,9 @@ class Publishing:
                         await self.send(client, self.events(batch))
                 if lines.error:
                     why = f"standard input cannot be read: {lines.error.strerror}"
-            except (GaveUp, Refused) as error:
+            except GaveUp as error:
+                why = f"gave up (--timeout {self.arguments.timeout:g}): {error}"
+            except Refused as error:
                 why = str(error)
             except asyncio.CancelledError:
                 why = "it was stopped at once"

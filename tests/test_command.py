@@ -338,7 +338,10 @@ class TestPublish:
 
         assert 1 == code
         said = capsys.readouterr().err
-        assert "Ended early: the events may or may not have been published: the server answered 503" in said
+        assert (
+            "Ended early: gave up (--timeout 0.3): the events may or may not have been published: the server answered 503"
+            in said
+        )
         assert "200 lines published, 50 read but not confirmed; what comes after them was not read.\n" in said
 
     async def test_refused_lines(self, capsys):
@@ -671,3 +674,32 @@ class TestProcess:
         check = await asyncio.create_subprocess_exec(sys.executable, "-c", code)
 
         assert 0 == await check.wait()
+
+
+# --- Against the application ---
+
+
+class TestAgainstTheApplication:
+    async def test_every_line_once_while_the_application_is_killed(self, stack):
+        """
+        What goes into `publish` comes out of `listen`, once and in order, also when SIGKILL comes between.
+        """
+        kit = stack(apps=1, nginx=False, env={"SSE_RETRY_MS": "20"})
+        application = kit.apps[0]
+        given = b"".join(b"%d\n" % number for number in range(3000))
+        async with (
+            process("listen", "--topic", "logs", "--url", kit.url, "--count", "3000", "--timeout", "60") as listen,
+            process("publish", "--topic", "logs", "--url", kit.url) as publish,
+        ):
+            assert (await listen.stderr.readline()).startswith(b"Opened: logs, broadcast ")
+            publish.stdin.write(given[:5000])
+            first = await listen.stdout.readline()
+            application.kill()
+            publish.stdin.write(given[5000:])
+            await asyncio.to_thread(application.restart)
+            (out, err), (_, said) = await asyncio.gather(listen.communicate(), publish.communicate())
+
+        assert given == first + out
+        assert b"Reconnecting in " in err
+        assert said.endswith(b"3,000 lines published.\n")
+        assert (0, 0) == (listen.returncode, publish.returncode)
