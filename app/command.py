@@ -16,6 +16,7 @@ from collections.abc import Callable
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, NoReturn
+from urllib.parse import urlsplit
 
 # httpx2 is imported where it is used: it takes longer than all the rest, and --help
 # and a mistyped option should not wait for it.
@@ -134,6 +135,7 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
         "--from",
         dest="position",
         default="",
+        type=_position,
         metavar="earliest|ID",
         help="begin with all that is kept, or after the event with this id (default: now)",
     )
@@ -188,8 +190,21 @@ def _checked(check: Callable[[object], str]) -> Callable[[str], str]:
 
 
 def _address(value: str) -> str:
-    if not value.startswith(("http://", "https://")):
-        raise argparse.ArgumentTypeError(f"must begin with http:// or https://, got {value!r}. Such as {DEFAULT_URL}.")
+    try:
+        parts = urlsplit(value)
+        good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        good = False
+    if not good or set(value) & set("?# "):
+        raise argparse.ArgumentTypeError(
+            f"must be the server's address with http:// or https:// and no query, got {value!r}. Such as {DEFAULT_URL}."
+        )
+    return value
+
+
+def _position(value: str) -> str:
+    if not (value.isascii() and value.isprintable() and " " not in value and 0 < len(value) <= 200):
+        raise argparse.ArgumentTypeError(f"must be `earliest` or an id that was read from a stream, got {value!r}.")
     return value
 
 
