@@ -85,15 +85,29 @@ def _names(parser: argparse.ArgumentParser, option: str, text: str, known: objec
     return names
 
 
+# Debian's packages of the peers that have some.
+PACKAGES = {
+    "floor": ("gcc", "libc6-dev"),
+    "app-nginx": ("redis-server", "nginx"),
+    "nchan": ("nginx", "libnginx-mod-nchan"),
+    "pushpin": ("pushpin", "condure", "zurl"),
+}
+
+
 def install_peers() -> None:
     """
     Install the peers that can be.
     """
-    progress("installing sse-starlette")
     install()
-    if not shutil.which("apt-get"):
+    missing = set()
+    for name, needed in PACKAGES.items():
+        try:
+            PEERS[name].version()
+        except Absent:
+            missing.update(needed)
+    packages = sorted(missing)
+    if not packages or not shutil.which("apt-get"):
         return
-    packages = ["redis-server", "nginx", "libnginx-mod-nchan", "pushpin", "condure", "zurl"]
     if os.geteuid() != 0:
         progress(f"not root: install the rest yourself: apt-get install {' '.join(packages)}")
         return
@@ -145,9 +159,7 @@ def main(arguments: list[str]) -> int:
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="sse-bench-", ignore_cleanup_errors=True) as folder:
         results = Bench(peers, size, Path(folder)).run(rows)
-    report = Report(
-        results, size, peers, versions, absent, machine, client, rows, time.monotonic() - began
-    )
+    report = Report(results, size, peers, versions, absent, machine, client, rows, time.monotonic() - began)
 
     root = Path(__file__).parents[2]
     output = options.output or root / ".run" / "bench" / f"{datetime.now():%Y%m%d-%H%M%S}"

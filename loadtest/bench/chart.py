@@ -58,11 +58,7 @@ def draw(report: "Report") -> str:
         row = panels[start : start + 2]
         tallest = 0
         for place, (key, title, unit, digits) in enumerate(row):
-            bars = [
-                (name, figure)
-                for name, figure in report.figures[key].items()
-                if figure.counts and name in names
-            ]
+            bars = [(name, figure) for name, figure in report.figures[key].items() if figure.counts and name in names]
             bars.sort(key=lambda bar: bar[1].median, reverse=key == "burst")
             parts.append(_panel(20 + place * (COLUMN + 10), top, title, unit, digits, bars))
             tallest = max(tallest, len(bars))

@@ -29,6 +29,13 @@ MAX_STREAMS = 18_000
 FALLBACK_PROCESSES = max(2, os.cpu_count() or 2)
 
 
+# Fields of a report that add up over the clients.
+_SUMMED = (
+    "streams", "open", "opened", "lost", "events", "bytes", "reads", "others", "missing", "dup", "order",
+    "foreign", "corrupt", "faulty", "cpu",
+)  # fmt: skip
+
+
 class ClientError(RuntimeError):
     """
     A load client ended or did not answer.
@@ -70,10 +77,7 @@ class Report:
         """
         Add one client's report.
         """
-        for name in (
-            "streams open opened lost events bytes reads others missing dup order"
-            " foreign corrupt faulty cpu"
-        ).split():
+        for name in _SUMMED:
             setattr(self, name, getattr(self, name) + reported[name])
         wall = reported["wall"] or 1e-9
         self.wall = max(self.wall, wall)
@@ -108,10 +112,7 @@ class Report:
         if share > SATURATED:
             return f"the client was busy {share:.0%} of the time, limit {SATURATED:.0%}"
         if self.lag_last_us > LAG_US and self.lag_last_us > LAG_GROWTH * self.lag_first_us:
-            return (
-                f"the client's lag grew from {self.lag_first_us / 1000:.1f}"
-                f" to {self.lag_last_us / 1000:.1f} ms"
-            )
+            return f"the client's lag grew from {self.lag_first_us / 1000:.1f} to {self.lag_last_us / 1000:.1f} ms"
         return None
 
 
@@ -126,7 +127,7 @@ class _Client:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             start_new_session=True,
-            preexec_fn=die_with_parent,
+            preexec_fn=die_with_parent,  # noqa: PLW1509 - this program has one thread
         )
         self._input = b""
 

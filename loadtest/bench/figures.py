@@ -5,6 +5,7 @@ A ratio is taken round by round, between neighbours in time, and then its median
 what the machine did in one round divides out.
 """
 
+from collections.abc import Container
 from dataclasses import dataclass, field
 from enum import StrEnum
 from statistics import median
@@ -45,9 +46,7 @@ def make_figure(samples: list[Sample]) -> Figure:
     faults = [f"round {sample.round + 1}: {fault}" for sample in samples for fault in sample.faults]
     values = [sample.value for sample in good]
     names = sorted({name for sample in good for name in sample.extra})
-    extra = {
-        name: median([sample.extra[name] for sample in good if name in sample.extra]) for name in names
-    }
+    extra = {name: median([sample.extra[name] for sample in good if name in sample.extra]) for name in names}
     if not values:
         return Figure(0.0, 0.0, 0.0, 0, void, faults)
     return Figure(median(values), min(values), max(values), len(values), void, faults, extra)
@@ -181,19 +180,19 @@ class Check:
     reason: str = ""
 
 
-def check(limit: Limit, samples: dict[str, dict[str, list[Sample]]]) -> Check:
+def check(limit: Limit, samples: dict[str, dict[str, list[Sample]]], present: Container[str] = ()) -> Check:
     """
     Hold one limit against the samples of a run.
+
+    A peer that is *present* and yet has no samples has failed, and voids the row.
     """
     sides = [limit.above, *([limit.below] if limit.below else [])]
     for row, peer in sides:
         if not samples.get(row, {}).get(peer):
-            return Check(limit, Verdict.UNCHECKED, None, f"{peer} was not measured")
+            verdict = Verdict.VOID if peer in present else Verdict.UNCHECKED
+            return Check(limit, verdict, None, f"{peer} was not measured")
     above = samples[limit.above[0]][limit.above[1]]
-    if limit.below:
-        figure = ratio(above, samples[limit.below[0]][limit.below[1]])
-    else:
-        figure = make_figure(above)
+    figure = ratio(above, samples[limit.below[0]][limit.below[1]]) if limit.below else make_figure(above)
     own_faults = [fault for sample in above for fault in sample.faults]
     if own_faults:
         return Check(limit, Verdict.BROKEN, figure, f"wrong delivery: {'; '.join(own_faults)}")

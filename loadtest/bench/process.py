@@ -101,12 +101,10 @@ def descendants(pid: int) -> list[int]:
     Return *pid* and all processes below it.
     """
     children: dict[int, list[int]] = {}
-    for entry in os.listdir("/proc"):
-        if entry.isdigit():
-            with contextlib.suppress(OSError):
-                text = Path(f"/proc/{entry}/stat").read_text()
-                parent = int(text[text.rindex(")") + 2 :].split()[1])
-                children.setdefault(parent, []).append(int(entry))
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            children.setdefault(parent, []).append(int(entry.name))
     found = [pid]
     for each in found:
         found.extend(children.get(each, []))
@@ -115,12 +113,16 @@ def descendants(pid: int) -> list[int]:
 
 def process_pss(pid: int) -> int:
     """
-    Return the proportional set size of *pid* in bytes.
+    Return the proportional set size of *pid* in bytes, without the pages of files.
+
+    A process's share of the pages of programs and libraries moves by megabytes
+    as other processes that use them come and go; streams are in the rest.
     """
+    total = 0
     for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-        if line.startswith("Pss:"):
-            return int(line.split()[1]) * 1024
-    return 0
+        if line.startswith(("Pss_Anon:", "Pss_Shmem:")):
+            total += int(line.split()[1]) * 1024
+    return total
 
 
 class Watched:
@@ -180,7 +182,7 @@ class Server(Watched):
                 env=None if env is None else dict(env),
                 cwd=cwd,
                 start_new_session=True,
-                preexec_fn=die_with_parent,
+                preexec_fn=die_with_parent,  # noqa: PLW1509 - this program has one thread
             )
         super().__init__(name, self._process.pid)
         _guardian.tell("+", self.pid)
@@ -226,9 +228,7 @@ def answers(port: int, path: str = "/healthz", statuses: Iterable[int] = (200, 2
         try:
             with socket.create_connection(("127.0.0.1", port), 2) as link:
                 link.settimeout(2)
-                link.sendall(
-                    f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode()
-                )
+                link.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
                 words = link.recv(4096).split(b" ", 2)
                 return len(words) > 1 and words[1][:3] in wanted
         except OSError:

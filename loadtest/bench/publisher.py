@@ -36,9 +36,7 @@ class HttpPublisher:
     *render* turns the data of a burst into (path, headers, body) of one or more posts.
     """
 
-    def __init__(
-        self, port: int, render: Callable[[list[str]], list[tuple[str, dict[str, str], bytes]]]
-    ) -> None:
+    def __init__(self, port: int, render: Callable[[list[str]], list[tuple[str, dict[str, str], bytes]]]) -> None:
         self._render = render
         self._port = port
         self._link: socket.socket | None = None
@@ -54,10 +52,7 @@ class HttpPublisher:
         text = bytearray()
         for path, headers, body in posts:
             lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
-            text += (
-                f"POST {path} HTTP/1.1\r\nHost: localhost\r\n{lines}"
-                f"Content-Length: {len(body)}\r\n\r\n"
-            ).encode()
+            text += (f"POST {path} HTTP/1.1\r\nHost: localhost\r\n{lines}Content-Length: {len(body)}\r\n\r\n").encode()
             text += body
         self._link.sendall(text)
         for _ in posts:

@@ -63,9 +63,7 @@ class Report:
             row: {peer: make_figure(samples) for peer, samples in by_peer.items()}
             for row, by_peer in results.samples.items()
         }
-        self.checks: list[Check] = [
-            check(limit, results.samples) for limit in LIMITS if limit.row in rows
-        ]
+        self.checks: list[Check] = [check(limit, results.samples, versions) for limit in LIMITS if limit.row in rows]
 
     @property
     def broken(self) -> list[Check]:
@@ -89,14 +87,10 @@ class Report:
             "date": self.date.isoformat(),
             "seconds": round(self.seconds),
             "size": self.size.name,
-            "settings": {
-                name: getattr(self.size, name) for name in self.size.__slots__ if name != "name"
-            },
+            "settings": {name: getattr(self.size, name) for name in self.size.__slots__ if name != "name"},
             "machine": self.machine,
             "client": self.client,
-            "peers": {
-                peer.name: {"title": peer.title, "version": self.versions[peer.name]} for peer in self.peers
-            },
+            "peers": {peer.name: {"title": peer.title, "version": self.versions[peer.name]} for peer in self.peers},
             "absent": self.absent,
             "rows": {
                 row: {
@@ -135,12 +129,12 @@ class Report:
         Return the tables, as Markdown that also reads well in a terminal.
         """
         machine = self.machine
-        lines = [
+        where = (
             f"{self.date:%Y-%m-%d %H:%M} UTC, {self.size.name} run of {self.seconds / 60:.0f} minutes,"
             f" {machine['cpu']}, {machine['cores']} cores, {machine['memory_gb']} GB,"
-            f" {machine['kernel']}, Python {machine['python']}, load client in {self.client}.",
-            "",
-        ]
+            f" {machine['kernel']}, Python {machine['python']}, load client in {self.client}."
+        )
+        lines = [where, ""]
         lines += _table(self._peer_rows())
         lines.append("")
         if self.checks:
@@ -178,9 +172,7 @@ class Report:
                 if name == "single" and has_floor:
                     samples = self.results.samples["single"]
                     row.append(
-                        _cell(ratio(samples[peer.name], samples["floor"]), 1.0, 2)
-                        if samples.get(peer.name)
-                        else ""
+                        _cell(ratio(samples[peer.name], samples["floor"]), 1.0, 2) if samples.get(peer.name) else ""
                     )
             rows.append(row)
         return rows

@@ -325,20 +325,25 @@ def paced(session: Session, events: int, rate: float) -> None:
         due += 1 / rate
 
 
-def measure_single(session: Session, events: int, rate: float) -> tuple[float, Report, int]:
+def measure_single(session: Session, events: int, rate: float) -> tuple[Sample, Report]:
     """
-    Return CPU µs per delivery of single events, the report, and how many streams are behind.
+    Return CPU µs per delivery of single events, and the report behind it.
     """
     # The first events find cold caches, and after other peers' turns all are cold.
     paced(session, 2, rate)
     session.wait()
     session.clients.ask("mark")
-    before = session.running.cpu()
+    before = session.running.cpu_by_program()
     paced(session, events, rate)
     behind = session.wait()
-    spent = session.running.cpu() - before
+    after = session.running.cpu_by_program()
     report = session.clients.report()
-    return spent / max(1, report.events) * 1e6, report, behind
+    void, faults = judge(session, report, behind)
+    spent = {name: (after[name] - before[name]) / max(1, report.events) * 1e6 for name in after}
+    extra = {"client_share": max(report.cpu_share, report.busy_share), "deliveries": report.events}
+    if len(spent) > 1:
+        extra |= {f"{name}_us": value for name, value in spent.items()}
+    return Sample(sum(spent.values()), 0, void, faults, extra), report
 
 
 def fan_out(bench: Bench) -> None:
@@ -366,16 +371,14 @@ def fan_out(bench: Bench) -> None:
             )
             if measured is None:
                 continue
-            value, report, behind = measured
-            void, faults = judge(session, report, behind)
+            sample, report = measured
+            sample.round = number
             name = session.peer.name
-            extra = {"client_share": max(report.cpu_share, report.busy_share), "deliveries": report.events}
-            sample = Sample(value, number, void, faults, extra)
             results.add("single", name, sample)
             for percent in (50, 99):
                 late = report.latency.percentile(percent) / 1000
-                results.add(f"latency_p{percent}", name, Sample(late, number, void, faults))
-            progress(f"single {number + 1}/{size.rounds} {name}: {value:.2f} µs a delivery{_doubt(sample)}")
+                results.add(f"latency_p{percent}", name, Sample(late, number, sample.void, sample.faults))
+            progress(f"single {number + 1}/{size.rounds} {name}: {sample.value:.2f} µs a delivery{_doubt(sample)}")
         for session in sessions:
             measure_hold(bench, session)
 
@@ -487,11 +490,15 @@ def connections(bench: Bench) -> None:
 def _connections_of(bench: Bench, session: Session, number: int) -> None:
     size, results, name = bench.size, bench.results, session.peer.name
     running, clients = session.running, session.clients
-    # First streams load what every server loads once.
-    clients.ask(f"churn 100 16 0 {running.path} 20000", 30)
-    time.sleep(1.0)
+    # The first tenth loads what every server loads once, and fills the memory
+    # that its start left free: counted from there, all memory is the streams'.
+    first = size.connect_streams // 10
+    session.add_streams(first)
+    session.open(first)
+    settle(running)
 
-    session.add_streams(size.connect_streams)
+    count = size.connect_streams - first
+    session.add_streams(count)
     memory, before = running.pss(), running.cpu()
     clients.ask("mark")
     opened = session.open(size.connect_streams)
@@ -501,16 +508,16 @@ def _connections_of(bench: Bench, session: Session, number: int) -> None:
     extra = {
         "p50_ms": report.connects.percentile(50) / 1000,
         "p99_ms": report.connects.percentile(99) / 1000,
-        "per_second": size.connect_streams / opened["seconds"],
+        "per_second": count / opened["seconds"],
     }
     faults = [f"{opened['failed']} connects failed"] if opened["failed"] else []
-    sample = Sample(spent / size.connect_streams * 1e6, number, report.void_reason(), [], extra)
+    sample = Sample(spent / count * 1e6, number, report.void_reason(), [], extra)
     results.add("connect", name, sample)
     if faults:
         results.note(f"{name}: {faults[0]} at first ({opened['why']}), and were repeated")
 
     memory = running.pss() - memory
-    results.add("pss", name, Sample(memory / size.connect_streams / 1024, number))
+    results.add("pss", name, Sample(memory / count / 1024, number))
 
     if session.peer.heartbeats:
         before, began = running.cpu(), time.monotonic()
@@ -581,19 +588,16 @@ def growth(bench: Bench) -> None:
                 counts[id(session)] = count
             rows.extend(sessions)
         for number, session in rotations(rows, size.rounds):
-            measured = guarded(
-                bench, session, lambda s=session: measure_single(s, size.scale_events, size.scale_rate)
-            )
+            measured = guarded(bench, session, lambda s=session: measure_single(s, size.scale_events, size.scale_rate))
             if measured is None:
                 continue
-            value, report, behind = measured
-            void, faults = judge(session, report, behind)
+            sample, _ = measured
+            sample.round = number
             which = "few" if counts[id(session)] == size.scale_streams[0] else "many"
-            sample = Sample(value, number, void, faults)
             results.add(f"scale_{which}", session.peer.name, sample)
             progress(
                 f"growth {number + 1}/{size.rounds} {session.peer.name} at {counts[id(session)]:,}:"
-                f" {value:.2f} µs a delivery{_doubt(sample)}"
+                f" {sample.value:.2f} µs a delivery{_doubt(sample)}"
             )
 
 
@@ -626,7 +630,8 @@ def churn(bench: Bench) -> None:
                             )
                         settle(running)
                         time.sleep(2.0)
-                        results.add(row, peer.name, Sample(running.pss() / 2**20, number))
+                        extra = {program.name: program.pss() / 2**20 for program in running.programs}
+                        results.add(row, peer.name, Sample(running.pss() / 2**20, number, extra=extra))
 
 
 SCENARIOS: tuple[tuple[Callable[[Bench], None], frozenset[str]], ...] = (

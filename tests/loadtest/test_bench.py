@@ -439,9 +439,7 @@ class TestFigures:
 
         assert Verdict.VOID == found.verdict
 
-    @pytest.mark.parametrize(
-        ("value", "verdict"), [(10.4, Verdict.AIM), (12.9, Verdict.OK), (13.2, Verdict.BROKEN)]
-    )
+    @pytest.mark.parametrize(("value", "verdict"), [(10.4, Verdict.AIM), (12.9, Verdict.OK), (13.2, Verdict.BROKEN)])
     def test_limit(self, value: float, verdict: Verdict):
         """
         The aim, the limit, and what is beyond it.
@@ -472,6 +470,14 @@ class TestFigures:
         found = check(self.limit, {"single": {"app": [Sample(1)]}})
 
         assert (Verdict.UNCHECKED, "floor was not measured") == (found.verdict, found.reason)
+
+    def test_peer_that_failed(self):
+        """
+        A peer that is here and yet has no figure fails the run: no limit is passed by crashing.
+        """
+        found = check(self.limit, {"single": {"floor": [Sample(1)]}}, present={"app", "floor"})
+
+        assert Verdict.VOID == found.verdict
 
     def test_every_limit_has_a_row(self):
         """

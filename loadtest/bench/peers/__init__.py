@@ -8,7 +8,7 @@ from .floor import Floor
 from .nchan import Nchan
 from .pushpin import Pushpin
 from .quart_recipe import QuartRecipe
-from .sse_starlette import SseStarlette
+from .sse_starlette import SseStarlette, SseStarletteUvloop
 
 # In the order of the table.
 PEERS: dict[str, Peer] = {
@@ -23,6 +23,7 @@ PEERS: dict[str, Peer] = {
         Pushpin(),
         QuartRecipe(),
         SseStarlette(),
+        SseStarletteUvloop(),
     )
 }
 

@@ -38,9 +38,7 @@ class Floor(Peer):
         servers, publishers, addresses = [], [], []
         for number in range(processes):
             port = free_port()
-            server = Server(
-                "floor", [str(program), str(port), str(heartbeat)], log=folder / f"floor{number}.log"
-            )
+            server = Server("floor", [str(program), str(port), str(heartbeat)], log=folder / f"floor{number}.log")
             server.wait_until(answers(port))
             servers.append(server)
             addresses.append(("127.0.0.1", port))

@@ -66,7 +66,7 @@ class Nchan(Peer):
 
     def _find(self) -> tuple[str, str]:
         nginx = next((path for path in NGINX if os.access(path, os.X_OK)), None) or shutil.which("nginx")
-        module = next((path for path in MODULES if os.path.exists(path)), None)
+        module = next((path for path in MODULES if Path(path).exists()), None)
         if nginx is None or module is None:
             raise Absent(f"Nchan is not installed: {CURE}")
         return nginx, module
@@ -106,9 +106,7 @@ class Nchan(Peer):
                 heartbeat=heartbeat,
             )
         )
-        server = Server(
-            "nginx", [nginx, "-p", str(home), "-e", "stderr", "-c", str(config)], log=folder / "nchan.log"
-        )
+        server = Server("nginx", [nginx, "-p", str(home), "-e", "stderr", "-c", str(config)], log=folder / "nchan.log")
         server.wait_until(answers(port))
         publisher = HttpPublisher(port, self._render)
         return Running(

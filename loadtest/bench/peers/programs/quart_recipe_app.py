@@ -6,13 +6,14 @@ when a stream is subscribed) and a publish route are added.
 """
 
 import asyncio
+import itertools
 from dataclasses import dataclass
 
 from quart import Quart, make_response, request
 
 app = Quart(__name__)
 queues: dict[str, set[asyncio.Queue]] = {}
-last_id = 0
+numbers = itertools.count(1763712000001)
 
 
 @dataclass(slots=True)
@@ -48,9 +49,7 @@ async def events():
         finally:
             queues[topic].discard(queue)
 
-    response = await make_response(
-        send(), {"Content-Type": "text/event-stream", "Cache-Control": "no-store"}
-    )
+    response = await make_response(send(), {"Content-Type": "text/event-stream", "Cache-Control": "no-store"})
     response.timeout = None
     return response
 
@@ -60,11 +59,10 @@ async def publish():
     """
     Give the events of one burst to every stream of the topic.
     """
-    global last_id
     body = await request.get_json()
     for data in body["burst"]:
-        last_id += 1
-        event = Event(data, 1763712000000 + last_id)
+        number = next(numbers)
+        event = Event(data, number)
         for queue in queues.get(body["topic"], ()):
             queue.put_nowait(event)
     return "", 201

@@ -6,6 +6,7 @@ and a publish route are added.
 """
 
 import asyncio
+import itertools
 import os
 
 from sse_starlette import EventSourceResponse
@@ -16,7 +17,7 @@ from starlette.routing import Route
 
 PING_SECONDS = int(os.environ.get("PING_SECONDS", "15"))
 queues: dict[str, set[asyncio.Queue]] = {}
-last_id = 0
+numbers = itertools.count(1763712000001)
 
 
 async def events(request: Request) -> EventSourceResponse:
@@ -43,12 +44,11 @@ async def publish(request: Request) -> Response:
     """
     Give the events of one burst to every stream of the topic.
     """
-    global last_id
     body = await request.json()
     for data in body["burst"]:
-        last_id += 1
+        number = next(numbers)
         for queue in queues.get(body["topic"], ()):
-            queue.put_nowait((data, 1763712000000 + last_id))
+            queue.put_nowait((data, number))
     return Response(status_code=201)
 
 
