@@ -451,7 +451,7 @@ function showCommands() {
   const first = JSON.stringify({ topics: view.topics.slice(0, 1), data: "hello" });
   byId("curl-listen").textContent = `curl -N ${quoted(`${base}events?${query}`)}`;
   byId("curl-publish").textContent =
-    `curl ${base}publish \\\n  -H 'content-type: application/json' \\\n  -d ${quoted(first)}`;
+    `curl ${base}publish \\\n  -H content-type:application/json \\\n  -d ${quoted(first)}`;
 }
 
 function quoted(text) {

@@ -7,6 +7,7 @@ Elements are found by their labels and roles, as a screen reader finds them.
 import contextlib
 import json
 import re
+import socket
 import subprocess
 import sys
 import urllib.error
@@ -17,6 +18,9 @@ import pytest
 from playwright.sync_api import expect
 
 ROOT = Path(__file__).parents[2]
+
+# Two busy cores make a browser wait for its turn.
+expect.set_options(timeout=15_000)
 
 
 def row(page, text):
@@ -178,9 +182,23 @@ class TestFeed:
         app_of(page.locator("#process").inner_text()).kill()
         publish(site.url, {"topics": [topic], "data": "number 1"})
 
-        expect(page.get_by_role("log")).to_contain_text("Opened again", timeout=10_000)
+        expect(page.get_by_role("log")).to_contain_text("Opened again")
         publish(site.url, {"topics": [topic], "data": "number 2"})
         expect(row(page, "number")).to_have_text([re.compile(f"number {n}$") for n in (2, 1, 0)])
+
+
+    def test_lost_history(self, site, page, topic):
+        """
+        A loss that the server tells of is told to the reader.
+        """
+        page.goto(f"{site.url}/?topic={topic}")
+        expect(page.get_by_role("status").first).to_have_text("Open")
+
+        with socket.create_connection(("127.0.0.1", site.redis.port)) as redis:
+            redis.sendall(b"FLUSHALL\r\n")
+            assert b"+OK\r\n" == redis.recv(64)
+
+        expect(page.get_by_role("log")).to_contain_text("History was lost")
 
 
 class TestPublishForm:
@@ -220,6 +238,26 @@ class TestPublishForm:
         for part in ("name", "rule", "value", "cure"):
             expect(shown).to_contain_text(str(problem[part]))
         expect(page.get_by_label(field, exact=True)).to_have_attribute("aria-invalid", "true")
+
+
+class TestTerminal:
+    def test_commands(self, site, page, topic, require):
+        """
+        Both commands work as they stand on the page.
+        """
+        require("curl")
+        page.goto(f"{site.url}/?topic={topic}")
+        expect(page.get_by_role("status").first).to_have_text("Open")
+
+        listen = ["sh", "-c", "exec " + page.locator("#curl-listen").inner_text()]
+        with subprocess.Popen(listen, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as curl:
+            assert b"event: stream.open\n" in curl.stdout
+            publish = ["sh", "-c", page.locator("#curl-publish").inner_text()]
+            subprocess.run(publish, check=True, capture_output=True, timeout=15)
+            assert b"data: hello\n" in curl.stdout
+            curl.terminate()
+
+        expect(row(page, "hello")).to_have_count(1)
 
 
 class TestRefusedStream:
