@@ -37,7 +37,7 @@ down: ## End what `make up` started on PORT, and only that.
 
 .PHONY: run
 run: venv ## One process on PORT, log in memory; no Redis, no nginx.
-	@SSE_PORT=$(PORT) exec $(PYTHON) -m app
+	@SSE_PORT=$(PORT) SSE_DRAIN_SECONDS=$${SSE_DRAIN_SECONDS:-2} exec $(PYTHON) -m app
 
 ##@ Look
 
