@@ -48,7 +48,8 @@ class Edge:
         structlog.contextvars.bind_contextvars(request_id=request_id)
         # The server's own `send`: Quart wraps it, and the hand-off needs it bare.
         scope.setdefault("extensions", {})["sse.send"] = send
-        if scope["path"] == "/events" and scope["method"] == "GET":
+        # Werkzeug ignores repeated slashes in front: so must the door.
+        if scope["path"].lstrip("/") == "events" and scope["method"] == "GET":
             problem = self._kit.refusal()
             if problem is not None:
                 await self._refuse(problem, headers, send)

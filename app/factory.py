@@ -22,6 +22,8 @@ def create_app(settings: Settings | None = None) -> Quart:
     kit = Kit(settings or load())
     app = Quart("app", static_folder=None)
     app.config["MAX_CONTENT_LENGTH"] = kit.settings.max_body_bytes
+    # Another path is another address: 404, not a redirect.
+    app.url_map.merge_slashes = False
     app.logger.handlers = []
     app.logger.propagate = True
     app.logger.setLevel(logging.WARNING)

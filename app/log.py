@@ -199,10 +199,11 @@ def from_fields(
                 "data", f"must have at most {max_event_bytes} bytes", len(raw), "Send a link to it instead."
             )
         event = check_name(fields.get(b"event", b"").decode())
-        retry = fields.get(b"retry")
-        if retry is not None:
+        retry = None
+        given = fields.get(b"retry")
+        if given is not None:
             # Digits alone: `int` would also take signs, spaces and underscores.
-            retry = check_retry(int(retry) if retry.isdigit() and len(retry) <= 8 else retry)
+            retry = check_retry(int(given) if given.isdigit() and len(given) <= 8 else given)
         return Entry(position, id, topics, raw.decode(), event, retry)
     except ValueError as error:  # EventError and UnicodeDecodeError are ones
         return Entry(position, id, (), str(error))

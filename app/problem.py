@@ -15,6 +15,29 @@ from app.event import EventError
 _TYPE = "urn:sse-kit:"
 
 
+# Longest text from outside that is given back.
+_LONGEST = 200
+
+
+def _plain(text: str) -> str:
+    """Return *text* short, and such that UTF-8 can carry it."""
+    short = text if len(text) <= _LONGEST else text[:_LONGEST] + "…"
+    return short.encode("utf-8", "backslashreplace").decode()
+
+
+def _shown(value: object) -> int | float | str | None:
+    """Return *value* as a problem document can hold it."""
+    # JSON has no Infinity, and few readers take an integer of thousands of digits.
+    if value is None or (isinstance(value, int | float) and abs(value) < 2**53):
+        return value
+    if isinstance(value, str):
+        return _plain(value)
+    try:
+        return _plain(repr(value))
+    except RecursionError:
+        return "nested too deeply to show"
+
+
 class Problem(Exception):
     """A request that is refused, and what the client should know about it."""
 
@@ -28,6 +51,7 @@ class Problem(Exception):
         cure: str,
         headers: dict[str, str] | None = None,
     ) -> None:
+        name = _plain(name)
         super().__init__(f"{name} {rule}")
         self.status = status
         self.slug = slug
@@ -44,13 +68,6 @@ class Problem(Exception):
 
     def fields(self) -> dict[str, object]:
         """Return what stands in the problem document."""
-        value = self.value
-        if not isinstance(value, int | float | str | type(None)):
-            value = repr(value)
-        if isinstance(value, str) and len(value) > 200:
-            value = value[:200] + "…"
-        if isinstance(value, str):
-            value = value.encode("utf-8", "backslashreplace").decode()
         return {
             "type": f"{_TYPE}{self.slug}",
             "title": HTTPStatus(self.status).phrase,
@@ -58,7 +75,7 @@ class Problem(Exception):
             "detail": f"{self.name} {self.rule}. {self.cure}",
             "name": self.name,
             "rule": self.rule,
-            "value": value,
+            "value": _shown(self.value),
             "cure": self.cure,
         }
 
@@ -70,6 +87,7 @@ class Problem(Exception):
             content_type="application/problem+json",
         )
         response.headers["Cache-Control"] = "no-store"
+        response.headers["X-Content-Type-Options"] = "nosniff"
         for name, value in self.headers.items():
             response.headers[name] = value
         return response

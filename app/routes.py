@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 from urllib.parse import quote
 
-from quart import Blueprint, Response, request, send_from_directory
+from quart import Blueprint, Response, abort, request, send_from_directory
 
 from app.edge import soft_fail, wants_soft_fail
 from app.event import (
+    TOPIC_MAX_CHARACTERS,
     Draft,
     EventError,
     check_name,
@@ -29,6 +30,7 @@ from app.problem import Problem
 from app.stream import Stream
 
 _STATIC = Path(__file__).parent / "static"
+_STATIC_FILES = frozenset(path.name for path in _STATIC.iterdir())
 _STREAM_ARGUMENTS = frozenset({"topic", "last_event_id", "user"})
 _EVENT_FIELDS = frozenset({"topics", "event", "data", "retry"})
 _IDEMPOTENCY_KEY = re.compile(r"[\x21-\x7e]{1,255}")
@@ -112,6 +114,8 @@ def routes(kit: Kit) -> Blueprint:
 
     @pages.get("/static/<path:name>")
     async def static(name: str) -> Response:
+        if name not in _STATIC_FILES:
+            abort(404)
         return await send_from_directory(_STATIC, name)
 
     @pages.after_app_request
@@ -129,7 +133,7 @@ def routes(kit: Kit) -> Blueprint:
         if (
             settings.soft_fail
             and problem.status in (429, 503)
-            and request.path == "/events"
+            and request.endpoint == "sse.events"
             and wants_soft_fail(headers)
         ):
             return soft_fail(kit, problem)  # type: ignore[no-any-return]
@@ -303,6 +307,15 @@ def _topics(most: int, user: str | None) -> tuple[str, ...]:
                 "Give each topic as its own `topic=`.",
             )
     own = None if user is None else "user:" + quote(user, safe="")
+    if own is not None and len(own) > TOPIC_MAX_CHARACTERS:
+        raise Problem(
+            400,
+            "invalid",
+            "user",
+            f"must have at most {TOPIC_MAX_CHARACTERS - 5} characters when percent-encoded",
+            user,
+            "It becomes the user's own topic; shorten it.",
+        )
     asked = dict.fromkeys(request.args.getlist("topic"))
     for topic in asked:
         try:
@@ -396,7 +409,8 @@ async def _json(most: int) -> Any:
         raise _body_too_large(most)
     body: bytes = await request.get_data(as_text=False)  # type: ignore[assignment]
     try:
-        return json.loads(body, parse_constant=_no_constant)
+        # Decoded here: `loads` would guess UTF-16, and take surrogates in UTF-8.
+        return json.loads(body.decode(), parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         why = "is nested too deeply" if isinstance(error, RecursionError) else f"must be JSON ({error})"
         raise Problem(
@@ -459,7 +473,9 @@ def _draft(item: Any, kit: Kit, where: str) -> Draft:
         raise wrong("event", "must be an object", item, 'Such as {"topics": ["news"], "data": "hello"}.')
     for name in item:
         if name not in _EVENT_FIELDS:
-            raise wrong(name, "is not a field of an event", item[name], "Fields: topics, event, data, retry.")
+            raise wrong(
+                name or '""', "is not a field of an event", item[name], "Fields: topics, event, data, retry."
+            )
     topics = item.get("topics")
     if not isinstance(topics, list) or not topics:
         raise wrong("topics", "must be an array of at least one topic", topics, 'Such as ["news"].')
@@ -497,6 +513,7 @@ def _draft(item: Any, kit: Kit, where: str) -> Draft:
     except EventError as error:
         raise Problem.of(error, where) from None
     except UnicodeEncodeError as error:
-        raise wrong("data", "must be text that UTF-8 can carry", error.object, "A surrogate stands alone.") from None
+        field = "event" if error.object == item.get("event") else "data"
+        raise wrong(field, "must be text that UTF-8 can carry", error.object, "A surrogate stands alone.") from None
     except (ValueError, RecursionError) as error:
         raise wrong("data", f"must be JSON ({error})", None, "Infinity and NaN are none.") from None

@@ -8,18 +8,21 @@ a condition, with a deadline.
 """
 
 import asyncio
+import atexit
 import contextlib
 import itertools
 import json
 import os
 import shutil
 import signal
+import socket
 import tempfile
 import threading
 import time
 from asyncio.subprocess import PIPE, STDOUT
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 from urllib.parse import quote
@@ -107,6 +110,13 @@ class Site:
             app.wait_ready()
         return app
 
+    @staticmethod
+    def listens(app: App) -> bool:
+        """Tell whether *app* takes connections, ready or not."""
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", app.port), 1):
+            return True
+        return False
+
     def proxy(self, target: Redis) -> "Proxy":
         """Return a TCP proxy in front of *target*."""
         proxy = Proxy(target.port)
@@ -124,6 +134,45 @@ class Site:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+class Shared:
+    """
+    Processes that several files' tests use, each started when the first one asks.
+
+    They end with the test run. Whoever uses them leaves them as they were, and
+    looks only at topics, users and keys of its own.
+    """
+
+    # Small, so that tests reach them with small requests.
+    LIMITS: Mapping[str, int] = {
+        "max_body_bytes": 20_000,
+        "max_event_bytes": 5_000,
+        "max_batch_events": 10,
+        "max_topics": 6,
+    }
+
+    def __init__(self) -> None:
+        self.site = Site()
+        atexit.register(self.site.close)
+
+    @cached_property
+    def server(self) -> Redis:
+        """The Redis of both processes."""
+        return self.site.redis("--appendonly", "no")
+
+    @cached_property
+    def app(self) -> App:
+        """A process as it is shipped, with small limits."""
+        return self.site.app(self.server, **self.LIMITS)
+
+    @cached_property
+    def plain(self) -> App:
+        """The same without the hand-off and without uvloop, and with users' names hashed."""
+        return self.site.app(self.server, handoff="off", loop="asyncio", log_hash_users="on", **self.LIMITS)
+
+
+shared = Shared()
 
 
 def lines(app: App) -> list[dict[str, Any]]:
@@ -203,7 +252,7 @@ async def ask(
             if chunks is not None:
                 head["Transfer-Encoding"] = "chunked"
             elif body or method == "POST":
-                head["Content-Length"] = str(len(body))
+                head.setdefault("Content-Length", str(len(body)))
             writer.write(_request(method, path, head) + body)
             for chunk in chunks or ():
                 writer.write(b"%x\r\n%b\r\n" % (len(chunk), chunk))
@@ -213,7 +262,9 @@ async def ask(
             with contextlib.suppress(ConnectionError):
                 await writer.drain()
             status, answered = await _head(reader)
-            if answered.get("transfer-encoding") == "chunked" and method != "HEAD":
+            if answered.get("content-type", "").startswith("text/event-stream") and "content-length" not in answered:
+                content = b""  # a stream: it has no end to wait for
+            elif answered.get("transfer-encoding") == "chunked" and method != "HEAD":
                 content = b"".join([chunk async for chunk in _chunks(reader)])
             elif method == "HEAD":
                 content = await reader.read()
