@@ -15,7 +15,8 @@ the ASGI `send` is a method of `HTTPStream`, whose `send` is a method of
 * `H11Protocol` and `TCPServer` lose their way to the socket, so that neither
   the last chunk of the request that ends nor `_close` reaches it;
 * the `StreamWriter` loses its transport, which its `__del__` would close;
-* the reader gets EOF, which ends the connection's task in the ordinary way.
+* the reader forgets what a client sent after its request, and gets EOF, which
+  ends the connection's task in the ordinary way.
 
 Chunk framing is ours from then on. Every head carries ``Connection: close``:
 without it nginx reuses connections that are no longer Hypercorn's.
@@ -30,11 +31,13 @@ import fcntl
 import os
 import socket
 import termios
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import suppress
+from importlib.metadata import version
 from typing import Any
 
 from hypercorn.asyncio.tcp_server import TCPServer
+from hypercorn.protocol.h2 import H2Protocol, StreamBuffer
 from hypercorn.protocol.h11 import H11Protocol
 from hypercorn.protocol.http_stream import HTTPStream
 
@@ -44,8 +47,10 @@ from app.stream import Stream
 
 # A peer that takes nothing never finishes closing; then the connection is cut.
 CLOSE_SECONDS = 2.0
-# A generator may hold this much that its server has not taken yet.
+# A generator may hold this much that its server has not taken yet, and gives it
+# in pieces of this size: progress of a slow client is seen piece by piece.
 _PULLED_BYTES = 65_536
+_PULLED_PIECE = 16_384
 _LAST_CHUNK = b"0\r\n\r\n"
 
 
@@ -54,6 +59,9 @@ class _Closed:
 
     def is_closing(self) -> bool:
         return True
+
+    def abort(self) -> None:
+        pass
 
 
 _CLOSED = _Closed()
@@ -93,19 +101,13 @@ class Connection(asyncio.Protocol):
         if not self._transport.is_closing():
             self._transport.close()
         self._timer = asyncio.get_running_loop().call_later(CLOSE_SECONDS, self.abort)
+        _closing.add(self)
 
     def abort(self) -> None:
         self._transport.abort()
 
     def unsent(self) -> int:
-        buffer = array.array("i", [0])
-        try:
-            # What the kernel holds and the peer has not acknowledged: a client
-            # that reads slowly makes progress here long before a write fits.
-            fcntl.ioctl(self._fd, termios.TIOCOUTQ, buffer)
-        except OSError:
-            return 0
-        return buffer[0] + self._transport.get_write_buffer_size()
+        return self._transport.get_write_buffer_size() + _unacknowledged(self._fd)
 
     # --- asyncio.Protocol
 
@@ -113,13 +115,17 @@ class Connection(asyncio.Protocol):
         """Drop what a client sends after its request: pipelined bytes and garbage."""
 
     def eof_received(self) -> bool:
-        # A half-closed client counts as gone, as in Hypercorn.
-        return False
+        # A half-closed client counts as gone, as in Hypercorn. Not `close`: it
+        # would wait for the client to take what is still unsent.
+        self._hub.gone(self._stream)
+        self._transport.abort()
+        return True
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+            _closing.discard(self)
         self._hub.gone(self._stream)
 
     def pause_writing(self) -> None:
@@ -136,22 +142,47 @@ class Connection(asyncio.Protocol):
                 self._transport.write(data)
 
 
+# Connections whose stream has ended and whose client has not yet taken the end.
+_closing: set[Connection] = set()
+
+
+async def all_closed() -> None:
+    """
+    Return when all connections of ended streams are closed; `CLOSE_SECONDS` at most.
+
+    Hypercorn does not know of them: without this the process would end, and cut
+    what slow clients have not taken.
+    """
+    loop = asyncio.get_running_loop()
+    until = loop.time() + CLOSE_SECONDS
+    while _closing and loop.time() < until:  # noqa: ASYNC110  once in a process's life
+        await asyncio.sleep(0.01)
+
+
 class Pulled:
     """
     A sink whose bytes a generator yields to whatever server there is.
 
     See `app.stream.Sink`. Holds at most one buffer; a stream that fills it is
-    behind until the server has taken it.
+    behind until the server has taken it. A server's `send` waits for ever for a
+    client that reads nothing, so where the connection below can be seen, it is
+    used to see progress and to cut.
     """
 
-    __slots__ = ("_buffer", "_ended", "_hub", "_stream", "_wanted")
+    __slots__ = ("_buffer", "_cut", "_ended", "_frames", "_hub", "_reader", "_stream", "_transport", "_wanted")
 
-    def __init__(self, stream: Stream, hub: Hub) -> None:
+    def __init__(self, stream: Stream, hub: Hub, send: Any, send_buffer: int) -> None:
         self._stream = stream
         self._hub = hub
         self._buffer = bytearray()
         self._ended = False
+        self._cut = False
         self._wanted: asyncio.Future[None] | None = None
+        self._transport, self._reader, self._frames = _below(send)
+        if self._transport is not None and not self._transport.is_closing():
+            _tune(self._transport.get_extra_info("socket"), hub, send_buffer)
+            # `send` returns when the kernel has all: nothing hides in between.
+            self._transport.set_write_buffer_limits(high=0)
 
     def write(self, piece: Piece) -> bool:
         self._buffer += piece.raw
@@ -163,33 +194,81 @@ class Pulled:
             self._buffer += piece.raw
         self._ended = True
         self._wake()
+        asyncio.get_running_loop().call_later(CLOSE_SECONDS, self.abort)
 
     def abort(self) -> None:
         self._buffer.clear()
-        self._ended = True
+        self._ended = self._cut = True
         self._wake()
+        if self._transport is not None:
+            self._transport.abort()
 
     def unsent(self) -> int:
-        return len(self._buffer)
+        unsent = len(self._buffer)
+        if self._frames is not None:
+            unsent += len(self._frames.buffer)
+        if self._transport is not None:
+            unsent += self._transport.get_write_buffer_size()
+            sock = self._transport.get_extra_info("socket")
+            unsent += 0 if sock is None else _unacknowledged(sock.fileno())
+        return unsent
 
-    async def body(self) -> AsyncIterator[bytes]:
+    async def body(self) -> AsyncGenerator[bytes]:
         """Yield what the stream writes, until it ends."""
         try:
             while True:
+                if self._left():
+                    return
                 if self._buffer:
-                    data = bytes(self._buffer)
-                    self._buffer.clear()
+                    data = bytes(self._buffer[:_PULLED_PIECE])
+                    del self._buffer[:_PULLED_PIECE]
                     yield data
-                    self._hub.writable(self._stream)
+                    await self._framed()
+                    if not self._buffer:
+                        self._hub.writable(self._stream)
                 elif self._ended:
                     return
                 else:
-                    self._wanted = asyncio.get_running_loop().create_future()
-                    await self._wanted
+                    await self._woken()
         finally:
             self._hub.gone(self._stream)
 
-    def _wake(self) -> None:
+    def _left(self) -> bool:
+        """
+        Tell whether the client is gone.
+
+        The server cancels the request then; but not at once while it waits with
+        bytes that came after the request, as Hypercorn does.
+        """
+        return (self._reader is not None and self._reader._eof) or (
+            self._transport is not None and self._transport.is_closing()
+        )
+
+    async def _framed(self) -> None:
+        """
+        Wait until HTTP/2's flow control has let out what was yielded.
+
+        Hypercorn's `send` does not: it would take the whole log for a client
+        that reads nothing.
+        """
+        frames = self._frames
+        if frames is None:
+            return
+        while frames.buffer and not self._cut:
+            drained = asyncio.ensure_future(frames.drain())
+            drained.add_done_callback(self._wake)
+            try:
+                await self._woken()
+            finally:
+                drained.cancel()
+        if self._cut:
+            await frames.close()
+
+    async def _woken(self) -> None:
+        self._wanted = asyncio.get_running_loop().create_future()
+        await self._wanted
+
+    def _wake(self, _: object = None) -> None:
         if self._wanted is not None and not self._wanted.done():
             self._wanted.set_result(None)
 
@@ -200,7 +279,7 @@ def transport_types() -> tuple[type, ...]:
 
     types: tuple[type, ...] = (_SelectorSocketTransport,)
     with suppress(ImportError):
-        from uvloop.loop import TCPTransport, UnixTransport
+        from uvloop.loop import TCPTransport, UnixTransport  # type: ignore[attr-defined]
 
         types += (TCPTransport, UnixTransport)
     return types
@@ -211,18 +290,32 @@ _TRANSPORTS = transport_types()
 
 def self_check() -> str | None:
     """Return why no connection can be taken over in this installation, or None."""
-    import hypercorn
-
-    for name in ("protocol_send", "_close", "_read_data"):
-        if not hasattr(TCPServer, name):
-            return f"hypercorn {hypercorn.__version__}: TCPServer has no {name}"  # type: ignore[attr-defined]
-    for owner, names in ((HTTPStream, ("app_send",)), (H11Protocol, ("stream_send",))):
+    server = f"hypercorn {version('hypercorn')}"
+    has: tuple[tuple[type, tuple[str, ...]], ...] = (
+        (TCPServer, ("protocol_send", "_close", "_read_data")),
+        (HTTPStream, ("app_send",)),
+        (H11Protocol, ("stream_send",)),
+    )
+    for owner, names in has:
         for name in names:
             if not hasattr(owner, name):
-                return f"{owner.__name__} has no {name}"
-    if "_transport" not in asyncio.StreamWriter.__init__.__code__.co_names:
-        return "asyncio.StreamWriter has no _transport"
+                return f"{server}: {owner.__name__} has no {name}"
+    sets: tuple[tuple[Any, tuple[str, ...]], ...] = (
+        (TCPServer, ("reader", "writer")),
+        (HTTPStream, ("send",)),
+        (H11Protocol, ("send",)),
+        (asyncio.StreamWriter, ("_transport",)),
+        (asyncio.StreamReader, ("_transport", "_buffer", "_eof", "_paused")),
+    )
+    for made, names in sets:
+        for name in names:
+            if name not in made.__init__.__code__.co_names:
+                return f"{server}: {made.__name__} sets no {name}"
     return None
+
+
+# Looked at once, so that what start-up says is what every stream gets.
+UNFIT = self_check()
 
 
 def take_over(scope: Any, send: Any, stream: Stream, hub: Hub, send_buffer: int) -> bool | None:
@@ -236,22 +329,17 @@ def take_over(scope: Any, send: Any, stream: Stream, hub: Hub, send_buffer: int)
         True when the stream has its sink; False where this connection cannot
         be taken over; None where the client is gone already.
     """
-    if scope.get("http_version") != "1.1" or scope.get("scheme") != "http":
+    if UNFIT is not None or scope.get("http_version") != "1.1" or scope.get("scheme") != "http":
         return False
-    http = getattr(send, "__self__", None)
-    if type(http) is not HTTPStream:
-        return False
-    h11 = getattr(http.send, "__self__", None)
-    if type(h11) is not H11Protocol:
-        return False
-    server = getattr(h11.send, "__self__", None)
-    if type(server) is not TCPServer:
+    http, protocol, server = _owners(send)
+    if type(http) is not HTTPStream or type(protocol) is not H11Protocol or not isinstance(server, TCPServer):
         return False
     writer, reader = server.writer, server.reader
-    transport = writer.transport
+    transport: Any = writer.transport
     if type(transport) not in _TRANSPORTS or writer.get_extra_info("sslcontext") is not None:
         return False
-    if transport.is_closing() or reader.at_eof() or reader.exception() is not None:
+    # Not `at_eof()`: that is False while bytes stand before the end.
+    if transport.is_closing() or reader._eof or reader.exception() is not None:  # type: ignore[attr-defined]
         return None
     if transport.get_write_buffer_size():
         # The head itself waits for the client: let the server send it.
@@ -259,28 +347,73 @@ def take_over(scope: Any, send: Any, stream: Stream, hub: Hub, send_buffer: int)
     sock = transport.get_extra_info("socket")
     if sock is None or sock.fileno() < 0:
         return None
-    _tune(sock, send_buffer)
+    _tune(sock, hub, send_buffer)
     # With a high-water mark of 0, `resume_writing` comes when all has gone out.
     transport.set_write_buffer_limits(high=0)
     connection = Connection(transport, sock.fileno(), stream, hub)
     transport.set_protocol(connection)
-    h11.send = _nowhere
+    protocol.send = _nowhere
     server.protocol_send = _nowhere  # type: ignore[method-assign]
     server._close = _nothing  # type: ignore[method-assign]
     writer._transport = _CLOSED  # type: ignore[attr-defined]
+    # The reader of a client that sent more than its request had paused the
+    # transport, and would resume it when Hypercorn reads on: that is ours now.
     reader._transport = None  # type: ignore[attr-defined]
-    # A reader with a full buffer had paused the transport: we would never see EOF.
-    transport.resume_reading()
+    reader._paused = False  # type: ignore[attr-defined]
+    reader._buffer.clear()  # type: ignore[attr-defined]
     reader.feed_eof()
+    transport.resume_reading()
     stream.sink = connection
     return True
 
 
-def _tune(sock: Any, send_buffer: int) -> None:
-    with suppress(OSError):
+def _owners(send: Any) -> tuple[Any, Any, Any]:
+    """Return the objects whose method *send* is, one below the other."""
+    http = getattr(send, "__self__", None)
+    protocol = getattr(getattr(http, "send", None), "__self__", None)
+    server = getattr(getattr(protocol, "send", None), "__self__", None)
+    return http, protocol, server
+
+
+def _below(send: Any) -> tuple[Any, Any, StreamBuffer | None]:
+    """
+    Return what carries one response alone: transport and reader, or an HTTP/2 buffer.
+
+    None stands for what is not there, or hidden by the server or by middleware.
+    """
+    http, protocol, server = _owners(send)
+    if isinstance(protocol, H2Protocol):
+        return None, None, protocol.stream_buffers.get(http.stream_id)
+    if isinstance(protocol, H11Protocol) and isinstance(server, TCPServer):
+        return server.writer.transport, server.reader, None
+    transport = getattr(http, "transport", None)  # uvicorn
+    return (transport if hasattr(transport, "abort") else None), None, None
+
+
+def _tune(sock: Any, hub: Hub, send_buffer: int) -> None:
+    pace = hub.pace
+    with suppress(OSError, AttributeError):
         # What a stalled client can hold in the kernel; without it, megabytes.
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        # A client that vanished without a word leaves heartbeats unanswered.
+        # The kernel alone would go on trying for a quarter of an hour.
+        milliseconds = int(1000 * (2 * pace.heartbeat + pace.slow_consumer))
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
+
+
+def _unacknowledged(fd: int) -> int:
+    """
+    Return the bytes that the kernel holds and the peer has not acknowledged.
+
+    A client that reads slowly makes progress here long before a write fits.
+    """
+    buffer = array.array("i", [0])
+    try:
+        fcntl.ioctl(fd, termios.TIOCOUTQ, buffer)
+    except (OSError, ValueError):
+        return 0
+    return buffer[0]
 
 
 async def _nowhere(event: object) -> None:

@@ -6,6 +6,7 @@ drive it. Here are the only timers: one for all streams.
 """
 
 import asyncio
+from contextvars import Context
 
 from app.hub import Hub
 
@@ -21,13 +22,17 @@ class Pulse:
         self.longest_hold_seconds = 0.0
         self._hub = hub
         self._pumping = False
+        self._error: Exception | None = None
+        # Not that of the request which happened to wake the hub: all streams'
+        # log lines would carry its id, and it would be kept in memory.
+        self._context = Context()
         hub.wake = self._wake
 
     async def run(self) -> None:
-        """Beat for ever."""
+        """Beat for ever; raises what went wrong in serving the streams that are behind."""
         interval = self._hub.pace.tick
         clock = asyncio.get_running_loop().time
-        while True:
+        while self._error is None:
             expected = clock() + interval
             await asyncio.sleep(interval)
             late = clock() - expected
@@ -35,14 +40,20 @@ class Pulse:
                 self.longest_hold_seconds = late
             for _ in self._hub.tick():
                 await asyncio.sleep(0)
+        raise self._error
 
     def _wake(self) -> None:
         if not self._pumping:
             self._pumping = True
-            asyncio.get_running_loop().call_soon(self._pump)
+            asyncio.get_running_loop().call_soon(self._pump, context=self._context)
 
     def _pump(self) -> None:
         # One slice, then everybody else has a turn: replays share this budget.
-        self._pumping = self._hub.pump()
+        try:
+            self._pumping = self._hub.pump()
+        except Exception as error:
+            # Nobody awaits this: all streams that are behind would wait for ever.
+            self._error = error
+            return
         if self._pumping:
-            asyncio.get_running_loop().call_soon(self._pump)
+            asyncio.get_running_loop().call_soon(self._pump, context=self._context)

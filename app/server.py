@@ -3,11 +3,13 @@ Run one process: Hypercorn, signals, and the order in which it all ends.
 
 Hypercorn alone never ends while a stream is open (Python 3.12+, asyncio), and
 tells the application of a shutdown only after the connections: so the drain
-runs inside its `shutdown_trigger`.
+runs inside its `shutdown_trigger`. Its connections outlive their clients; ours
+do not.
 """
 
 import asyncio
 import gc
+import logging
 import os
 import resource
 import signal
@@ -16,7 +18,8 @@ import time
 from contextlib import suppress
 from typing import Any
 
-import hypercorn.asyncio
+import hypercorn.asyncio.run
+from hypercorn.asyncio.tcp_server import TCPServer
 from hypercorn.config import Config
 
 from app import handoff, journal
@@ -30,6 +33,30 @@ from app.settings import Settings
 _BACKLOG = 4_096
 # asyncio accepts a whole backlog in one turn of the loop: 1.3 s of hold at 4,096.
 _BACKLOG_ASYNCIO = 64
+# After the drain, requests that are not answered yet have this long.
+_GRACE_SECONDS = 3.0
+
+
+class _Connection(TCPServer):
+    """Hypercorn's connection, for as long as its client is there."""
+
+    async def run(self) -> None:
+        _open.add(self)
+        try:
+            await super().run()
+        finally:
+            _open.discard(self)
+
+    async def _read_data(self) -> None:
+        await super()._read_data()
+        # Else the descriptor of a client that has gone is kept until the
+        # keep-alive timeout: 75 s for every probe and every single request.
+        await self.idle_task.stop()
+
+
+_open: set[_Connection] = set()
+# Where Hypercorn looks it up; it has no setting for it.
+hypercorn.asyncio.run.TCPServer = _Connection  # type: ignore[attr-defined]
 
 
 def run(settings: Settings) -> int:
@@ -60,11 +87,12 @@ async def _serve(settings: Settings) -> int:
     # nginx keeps idle connections for 60 s: be the one who closes later.
     config.keep_alive_timeout = 75
     config.keep_alive_max_requests = 1_000_000
-    config.graceful_timeout = 3
+    config.graceful_timeout = _GRACE_SECONDS
     config.shutdown_timeout = 10
     config.include_server_header = False
     config.accesslog = None
-    config.errorlog = None
+    # An exception in a stream's generator reaches nobody else.
+    config.errorlog = logging.getLogger("hypercorn")
     asked = asyncio.Event()
     loop = asyncio.get_running_loop()
 
@@ -95,6 +123,14 @@ async def _until(asked: asyncio.Event, kit: Kit) -> None:
         for wait in waits:
             wait.cancel()
     await drain(kit)
+    # With asyncio's loop Hypercorn waits for every connection, and a client that
+    # never finishes its request would hold the process for a minute.
+    asyncio.get_running_loop().call_later(_GRACE_SECONDS, _abort_requests)
+
+
+def _abort_requests() -> None:
+    for connection in list(_open):
+        connection.writer.transport.abort()
 
 
 async def drain(kit: Kit) -> None:
@@ -124,14 +160,13 @@ async def drain(kit: Kit) -> None:
     # Streams that slipped in between the last check at the door and now.
     for stream in list(hub.streams.values()):
         hub.end(stream, "draining", hub.farewell(0, 250))
-    kit.logger.info(
-        "drained", streams=len(streams), seconds=round(time.monotonic() - began, 3)
-    )
+    await handoff.all_closed()
+    kit.logger.info("drained", streams=len(streams), seconds=round(time.monotonic() - began, 3))
 
 
 def _say_how(kit: Kit) -> None:
     settings = kit.settings
-    why = handoff.self_check() if settings.handoff == "auto" else "SSE_HANDOFF=off"
+    why = handoff.UNFIT if settings.handoff == "auto" else "SSE_HANDOFF=off"
     kit.logger.info(
         "starting",
         process=kit.process,
@@ -141,6 +176,12 @@ def _say_how(kit: Kit) -> None:
         loop=settings.loop,
         pid=os.getpid(),
     )
+    if settings.handoff == "auto" and why is not None:
+        kit.logger.warning(
+            "handoff_off",
+            why=why,
+            note="Streams are served all the same, for several times the CPU and memory. Install the pinned versions.",
+        )
     if not settings.redis_url:
         kit.logger.warning(
             "log_in_memory",
@@ -158,8 +199,7 @@ def _raise_descriptor_limit() -> None:
 
 def _cannot_listen(name: str, port: int, error: OSError) -> int:
     print(
-        f"{name} must be a free port, got {port}: {error.strerror or error}. "
-        "End what holds it, or choose another.",
+        f"{name} must be a free port, got {port}: {error.strerror or error}. End what holds it, or choose another.",
         file=sys.stderr,
     )
     return 2
