@@ -5,6 +5,7 @@ The HTTP edge: what is asked is checked here, and answered or refused.
 import json
 import re
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -245,12 +246,13 @@ async def _body(kit: Kit, stream: Stream, place: _Place, scope: Any) -> AsyncIte
         _opened(kit, stream, "handoff")
         _begin(kit, stream, preamble)
         return
-    pulled = Pulled(stream, hub)
+    pulled = Pulled(stream, hub, scope["extensions"]["sse.send"], settings.send_buffer_bytes)
     stream.sink = pulled
     _opened(kit, stream, "generator")
     _begin(kit, stream, preamble)
-    async for data in pulled.body():
-        yield data
+    async with aclosing(pulled.body()) as body:
+        async for data in body:
+            yield data
 
 
 def _begin(kit: Kit, stream: Stream, preamble: bytes) -> None:
