@@ -669,7 +669,8 @@ def _write_state(stack: Stack, stop_seconds: float) -> None:
         for p in stack.parts
         if p.process is not None
     ]
-    state = {"version": 1, "stop_seconds": stop_seconds, "parts": parts}
+    # `names` are all that there will be: whoever kills `up` half-way leaves fewer parts.
+    state = {"version": 1, "stop_seconds": stop_seconds, "names": [p.name for p in stack.parts], "parts": parts}
     temporary = stack.directory / "state.json.new"
     temporary.write_text(json.dumps(state, indent=1))
     temporary.replace(stack.directory / "state.json")
@@ -692,13 +693,13 @@ def up(port: int, apps: int, env: Mapping[str, str]) -> str:
     with _locked(directory):
         if state := _read_state(directory):
             running = [part["name"] for part in state["parts"] if _runs(part)]
-            missing = [part["name"] for part in state["parts"] if part["name"] not in running]
+            missing = [name for name in state["names"] if name not in running]
             if running and not missing:
-                return f"It runs already, with {len(running) - 2} application processes: {_address(port)}"
+                return f"It runs already, with {_processes(len(running) - 2)}: {_address(port)}"
             if running:
                 raise StackError(
-                    f"The stack on port {port} must be whole or absent, but {', '.join(missing)} ended. "
-                    f"Look at {directory / missing[0]}.log, then: make down{_port_argument(port)}."
+                    f"The stack on port {port} must be whole or absent, but {', '.join(missing)} does not run. "
+                    f"Logs are in {directory}. End the rest: make down{_port_argument(port)}."
                 )
             _remove(directory)  # a restarted machine leaves this
         try:
@@ -733,11 +734,14 @@ def _port_argument(port: int) -> str:
     return "" if port == 8080 else f" PORT={port}"
 
 
+def _processes(count: int) -> str:
+    return "1 application process" if count == 1 else f"{count} application processes"
+
+
 def _welcome(port: int, apps: int) -> str:
     address, argument = _address(port), _port_argument(port)
-    processes = "1 application process" if apps == 1 else f"{apps} application processes"
     return f"""\
-Redis, {processes} and nginx are ready: {address}
+Redis, {_processes(apps)} and nginx are ready: {address}
 
 Read a stream, and leave it running:
   curl -N '{address}events?topic=demo'
@@ -813,7 +817,8 @@ def status(port: int) -> tuple[str, bool]:
     state = _read_state(RUN / str(port))
     if state is None:
         return f"Nothing of this clone runs on port {port}. Start it: make up{_port_argument(port)}.{beside}", True
-    lines, well = [f"{'PART':<8} {'PID':>7} {'PORT':>6}  STATE"], True
+    well = len(state["parts"]) == len(state["names"])
+    lines = [f"{'PART':<8} {'PID':>7} {'PORT':>6}  STATE"]
     for part in state["parts"]:
         word = "ended" if not _runs(part) else "ready" if _answers(part) else "not ready"
         well = well and word == "ready"

@@ -295,8 +295,25 @@ class TestUp:
         assert not well
         assert re.search(r"app-2 .* ended", text)
         assert re.search(r"app-1 .* ready", text)
-        with pytest.raises(StackError, match="app-2 ended"):
+        with pytest.raises(StackError, match="app-2 does not run"):
             module.up(free_port, 2, {})
+
+
+    def test_killed_half_way(self, run: Path, free_port: int):
+        """What a killed `up` left is neither running nor absent, and `down` ends it."""
+        module.up(free_port, 1, {})
+        path = run / str(free_port) / "state.json"
+        state = json.loads(path.read_text())
+        nginx = state["parts"].pop()
+        path.write_text(json.dumps(state))
+        os.kill(nginx["pid"], signal.SIGTERM)
+
+        with pytest.raises(StackError, match="nginx does not run"):
+            module.up(free_port, 1, {})
+        assert not module.status(free_port)[1]
+        module.down(free_port)
+
+        assert [] == list(run.iterdir())
 
 
 class TestDown:
