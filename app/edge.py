@@ -46,15 +46,20 @@ class Edge:
         request_id = given.decode() if _REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
         structlog.contextvars.clear_contextvars()
         structlog.contextvars.bind_contextvars(request_id=request_id)
-        # The server's own `send`: Quart wraps it, and the hand-off needs it bare.
-        scope.setdefault("extensions", {})["sse.send"] = send
         # Werkzeug ignores repeated slashes in front: so must the door.
         if scope["path"].lstrip("/") == "events" and scope["method"] == "GET":
             problem = self._kit.refusal()
             if problem is not None:
                 await self._refuse(problem, headers, send)
                 return
-        await self._app(scope, receive, send)
+        # The server's own `send`: Quart wraps it, and the hand-off needs it bare.
+        extensions = scope.setdefault("extensions", {})
+        extensions["sse.send"] = send
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            # It refers to the scope: a ring that only the cyclic collector would open.
+            del extensions["sse.send"]
 
     async def _refuse(self, problem: Problem, headers: dict[bytes, bytes], send: Send) -> None:
         self._kit.tally.refused[problem.status] = self._kit.tally.refused.get(problem.status, 0) + 1

@@ -104,6 +104,9 @@ class Connection(asyncio.Protocol):
         _closing.add(self)
 
     def abort(self) -> None:
+        # `close` first: asyncio's transport then forgets its own methods, which
+        # would keep it in memory until the cyclic collector comes by.
+        self._transport.close()
         self._transport.abort()
 
     def unsent(self) -> int:
@@ -115,10 +118,10 @@ class Connection(asyncio.Protocol):
         """Drop what a client sends after its request: pipelined bytes and garbage."""
 
     def eof_received(self) -> bool:
-        # A half-closed client counts as gone, as in Hypercorn. Not `close`: it
-        # would wait for the client to take what is still unsent.
+        # A half-closed client counts as gone, as in Hypercorn. To close alone
+        # would wait for it to take what is still unsent.
         self._hub.gone(self._stream)
-        self._transport.abort()
+        self.abort()
         return True
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -352,8 +355,8 @@ def take_over(scope: Any, send: Any, stream: Stream, hub: Hub, send_buffer: int)
     transport.set_write_buffer_limits(high=0)
     connection = Connection(transport, sock.fileno(), stream, hub)
     transport.set_protocol(connection)
-    protocol.send = _nowhere
-    server.protocol_send = _nowhere  # type: ignore[method-assign]
+    protocol.send = nowhere
+    server.protocol_send = nowhere  # type: ignore[method-assign]
     server._close = _nothing  # type: ignore[method-assign]
     writer._transport = _CLOSED  # type: ignore[attr-defined]
     # The reader of a client that sent more than its request had paused the
@@ -416,8 +419,8 @@ def _unacknowledged(fd: int) -> int:
     return buffer[0]
 
 
-async def _nowhere(event: object) -> None:
-    pass
+async def nowhere(event: object) -> None:
+    """Stand where one of Hypercorn's objects had its way to the socket."""
 
 
 async def _nothing() -> None:

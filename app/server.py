@@ -46,6 +46,11 @@ class _Connection(TCPServer):
             await super().run()
         finally:
             _open.discard(self)
+            # Server, protocol and server refer to each other in a ring: without
+            # this some 60 objects wait for the cyclic collector, and with them
+            # stay in the memory of a stream that was taken over long ago.
+            with suppress(AttributeError):
+                self.protocol.send = self.protocol.protocol.send = handoff.nowhere
 
     async def _read_data(self) -> None:
         await super()._read_data()
