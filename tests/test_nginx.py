@@ -8,6 +8,7 @@ import contextlib
 import http.client
 import json
 import re
+import signal
 import socket
 import subprocess
 import threading
@@ -21,7 +22,8 @@ import pytest
 from app.stack import ROOT, Nginx
 
 NATIVE = {"Accept": "text/event-stream"}
-STREAM = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nX-Accel-Buffering: no\r\nConnection: close\r\n\r\n"
+# The application also sends X-Accel-Buffering; here nginx must do without.
+STREAM = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n\r\n"
 PROBLEM = b'{"title": "the application\'s own words"}'
 
 
@@ -30,7 +32,7 @@ class Toy:
     """One toy application; `answer` is what it does with every request."""
 
     port: int = 0
-    # A status to answer with, or one of: stream, silent, cut, hang up.
+    # A status to answer with, or one of: stream, silent, cut, hang up, mute.
     answer: int | str = 200
     requests: list[str] = field(default_factory=list)
     go_on: threading.Event = field(default_factory=threading.Event)
@@ -75,12 +77,14 @@ class Toy:
                     self.go_on.wait(10)
                 case "cut":
                     connection.sendall(STREAM + b"data: half")
+                case "mute":
+                    self.go_on.wait(10)
                 case "hang up":
                     pass
                 case int(status):
                     connection.sendall(
                         b"HTTP/1.1 %d Status\r\nContent-Type: application/problem+json\r\nRetry-After: 7\r\n"
-                        b"Content-Length: %d\r\nConnection: close\r\n\r\n%b" % (status, len(PROBLEM), PROBLEM)
+                        b"X-Accel-Buffering: no\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%b" % (status, len(PROBLEM), PROBLEM)
                     )
 
 
@@ -122,8 +126,8 @@ def front(require, tmp_path: Path) -> Iterator[Front]:
 
 @pytest.fixture
 def hasty_front(require, tmp_path: Path) -> Iterator[Front]:
-    """The same with the read timeout scaled down."""
-    yield from _front(require, tmp_path, proxy_read_timeout="300ms")
+    """The same with timeouts scaled down."""
+    yield from _front(require, tmp_path, proxy_read_timeout="300ms", worker_shutdown_timeout="100ms")
 
 
 def _front(require, folder: Path, **directives: str) -> Iterator[Front]:
@@ -164,9 +168,12 @@ class TestStream:
 
         assert 200 == response.status
         assert "text/event-stream" == head["Content-Type"]
-        # For a proxy in front of this one; nginx removes it unless told.
-        assert "no" == head["X-Accel-Buffering"]
         assert b"data: one\n" == response.readline()
+
+    @pytest.mark.parametrize("headers", [NATIVE, {}], ids=["native", "api"])
+    def test_a_proxy_in_front(self, front: Front, headers):
+        """It learns, too, that it must not buffer: nginx would keep that to itself."""
+        assert "no" == front.ask("/events", headers).getheader("X-Accel-Buffering")
 
     def test_client_gone(self, front: Front):
         """A client's end reaches the application at once."""
@@ -394,6 +401,17 @@ class TestLog:
                 connection.recv(65536)
 
         assert 3 == len(front.wait_log(3))
+
+    def test_no_answer_at_all(self, hasty_front: Front):
+        """A request that a reload cuts before its answer has status 000, which is no JSON."""
+        answer(hasty_front, "mute")
+        with socket.create_connection(("127.0.0.1", hasty_front.nginx.port), 5) as connection:
+            connection.sendall(b"POST /publish HTTP/1.1\r\nHost: kit\r\nContent-Length: 9\r\n\r\n{")
+            time.sleep(0.05)  # nginx has read it; that has no sign that a client could see
+            hasty_front.nginx.kill(signal.SIGHUP)
+            connection.recv(1)
+
+        assert [0] == [line["status"] for line in hasty_front.wait_log(1)]
 
 
 class TestFiles:
