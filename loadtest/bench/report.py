@@ -153,6 +153,7 @@ class Report:
             ("p50 ms", "latency_p50", 1.0, 1),
             ("p99 ms", "latency_p99", 1.0, 1),
             ("deliveries/s, bursts", "burst", 1.0, 0),
+            ("CPU µs, bursts", "burst_cpu", 1.0, 2),
             ("CPU µs a connect", "connect", 1.0, 0),
             ("CPU µs a reconnect", "reconnect", 1.0, 0),
             ("KB a stream", "pss", 1.0, 1),

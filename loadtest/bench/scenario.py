@@ -91,8 +91,8 @@ QUICK = Size(
     hold_seconds=1.0,
     connect_streams=1000,
     connect_rounds=3,
-    idle_seconds=2.0,
-    heartbeat=2,
+    idle_seconds=1.0,
+    heartbeat=1,
     missed=100,
     scale_streams=(200, 2000),
     scale_events=10,
@@ -360,6 +360,8 @@ def fan_out(bench: Bench) -> None:
                 continue
             sample.round = number
             results.add("burst", session.peer.name, sample)
+            cost = Sample(sample.extra["cpu_us"], number, sample.void, sample.faults)
+            results.add("burst_cpu", session.peer.name, cost)
             progress(
                 f"burst {number + 1}/{size.rounds} {session.peer.name}: {sample.value:,.0f} deliveries/s"
                 f"{_doubt(sample)}"
@@ -490,25 +492,29 @@ def connections(bench: Bench) -> None:
 def _connections_of(bench: Bench, session: Session, number: int) -> None:
     size, results, name = bench.size, bench.results, session.peer.name
     running, clients = session.running, session.clients
-    # The first tenth loads what every server loads once, and fills the memory
-    # that its start left free: counted from there, all memory is the streams'.
-    first = size.connect_streams // 10
-    session.add_streams(first)
-    session.open(first)
+    # Some streams load what every server loads once. Few at a time: what many at
+    # once leave free would hold the streams that count.
+    clients.ask_one(f"churn 20 2 0 {running.path} 20000", 30)
     settle(running)
 
-    count = size.connect_streams - first
-    session.add_streams(count)
-    memory, before = running.pss(), running.cpu()
+    half, count = size.connect_streams // 2, size.connect_streams
+    before = running.cpu()
     clients.ask("mark")
-    opened = session.open(size.connect_streams)
+    session.add_streams(half)
+    session.open(half)
+    settle(running)
+    # The first half fills the memory that the server's start left free, so the
+    # second half shows what a stream takes.
+    memory = running.pss()
+    session.add_streams(count - half)
+    opened = session.open(count)
     settle(running)
     spent = running.cpu() - before
     report = clients.report()
     extra = {
         "p50_ms": report.connects.percentile(50) / 1000,
         "p99_ms": report.connects.percentile(99) / 1000,
-        "per_second": count / opened["seconds"],
+        "per_second": (count - half) / opened["seconds"],
     }
     faults = [f"{opened['failed']} connects failed"] if opened["failed"] else []
     sample = Sample(spent / count * 1e6, number, report.void_reason(), [], extra)
@@ -517,7 +523,7 @@ def _connections_of(bench: Bench, session: Session, number: int) -> None:
         results.note(f"{name}: {faults[0]} at first ({opened['why']}), and were repeated")
 
     memory = running.pss() - memory
-    results.add("pss", name, Sample(memory / count / 1024, number))
+    results.add("pss", name, Sample(memory / (count - half) / 1024, number))
 
     if session.peer.heartbeats:
         before, began = running.cpu(), time.monotonic()
