@@ -3,6 +3,7 @@
 import ast
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,16 +13,11 @@ ROOT = Path(__file__).parent.parent
 
 def tracked() -> list[str]:
     """Return the paths that belong to the project."""
-    listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if listed.returncode:  # an archive without git: everything here
+    if not (ROOT / ".git").exists() or not shutil.which("git"):  # an archive: everything here
         return [str(path.relative_to(ROOT)) for path in ROOT.rglob("*") if path.is_file()]
-    return [path for path in listed.stdout.splitlines() if (ROOT / path).exists()]
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return [path for path in listed.splitlines() if (ROOT / path).exists()]
 
 
 class TestTopLevel:
