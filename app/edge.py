@@ -52,14 +52,32 @@ class Edge:
             if problem is not None:
                 await self._refuse(problem, headers, send)
                 return
-        # The server's own `send`: Quart wraps it, and the hand-off needs it bare.
+            await self._open(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+    async def _open(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Run a request whose answer may be a stream on a connection that is taken over."""
         extensions = scope.setdefault("extensions", {})
+        # The server's own `send`: Quart wraps it, and the hand-off needs it bare.
         extensions["sse.send"] = send
+        taken = False
+
+        async def send_on(message: MutableMapping[str, Any]) -> None:
+            nonlocal taken
+            if taken:
+                return  # the rest of an answer that the server no longer gives
+            if message["type"] == "http.response.start" and (opening := extensions.get("sse.opening")):
+                taken = opening.take(message["status"], message["headers"])
+                if taken:
+                    return
+            await send(message)
+
         try:
-            await self._app(scope, receive, send)
+            await self._app(scope, receive, send_on)
         finally:
-            # It refers to the scope: a ring that only the cyclic collector would open.
-            del extensions["sse.send"]
+            # They refer to the scope: a ring that only the cyclic collector would open.
+            extensions.clear()
 
     async def _refuse(self, problem: Problem, headers: dict[bytes, bytes], send: Send) -> None:
         self._kit.tally.refused[problem.status] = self._kit.tally.refused.get(problem.status, 0) + 1

@@ -99,13 +99,14 @@ class Piece:
     Bytes that many streams share, framed once as one HTTP/1.1 chunk.
 
     `chunk` is what a taken-over connection writes; `raw` is the same without
-    the framing, for connections whose server does that itself.
+    the framing, for connections whose server does that itself. The first piece
+    of one stream can carry the response's head in front.
     """
 
     __slots__ = ("chunk", "size")
 
-    def __init__(self, raw: bytes) -> None:
-        self.chunk = b"%x\r\n%b\r\n" % (len(raw), raw)
+    def __init__(self, raw: bytes, head: bytes = b"") -> None:
+        self.chunk = b"%b%x\r\n%b\r\n" % (head, len(raw), raw)
         self.size = len(raw)
 
     @property

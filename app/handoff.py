@@ -2,9 +2,10 @@
 Take a stream's connection over from Hypercorn, or serve it where that cannot be.
 
 Quart decides (rights, topics, position, head); then a stream that stays in the
-framework costs four tasks, a generator and a copy per event. So after the head
-is out, `take_over` gives the connection's transport a small protocol of ours
-and lets the request end: an idle stream is one `Stream` and one `Connection`.
+framework costs four tasks, a generator and a copy per event. So when Quart
+hands over the head, `take_over` gives the connection's transport a small
+protocol of ours and lets the request end: an idle stream is one `Stream` and
+one `Connection`. The head goes out with the first events, in one write.
 
 How it reaches the transport, in Hypercorn 0.18.0, each step checked by type:
 the ASGI `send` is a method of `HTTPStream`, whose `send` is a method of
@@ -39,7 +40,7 @@ from typing import Any
 from hypercorn.asyncio.tcp_server import TCPServer
 from hypercorn.protocol.h2 import H2Protocol, StreamBuffer
 from hypercorn.protocol.h11 import H11Protocol
-from hypercorn.protocol.http_stream import HTTPStream
+from hypercorn.protocol.http_stream import ASGIHTTPState, HTTPStream
 
 from app.event import Piece
 from app.hub import Hub
@@ -181,9 +182,12 @@ class Pulled:
         self._ended = False
         self._cut = False
         self._wanted: asyncio.Future[None] | None = None
-        self._transport, self._reader, self._frames = _below(send)
+        transport, self._reader, self._frames = _below(send)
+        # Over HTTP/2 the transport is not this stream's alone.
+        self._transport = transport if self._frames is None else None
+        if transport is not None and not transport.is_closing():
+            _tune(transport.get_extra_info("socket"), hub, send_buffer)
         if self._transport is not None and not self._transport.is_closing():
-            _tune(self._transport.get_extra_info("socket"), hub, send_buffer)
             # `send` returns when the kernel has all: nothing hides in between.
             self._transport.set_write_buffer_limits(high=0)
 
@@ -305,7 +309,7 @@ def self_check() -> str | None:
                 return f"{server}: {owner.__name__} has no {name}"
     sets: tuple[tuple[Any, tuple[str, ...]], ...] = (
         (TCPServer, ("reader", "writer")),
-        (HTTPStream, ("send",)),
+        (HTTPStream, ("send", "state")),
         (H11Protocol, ("send",)),
         (asyncio.StreamWriter, ("_transport",)),
         (asyncio.StreamReader, ("_transport", "_buffer", "_eof", "_paused")),
@@ -323,10 +327,11 @@ UNFIT = self_check()
 
 def take_over(scope: Any, send: Any, stream: Stream, hub: Hub, send_buffer: int) -> bool | None:
     """
-    Take the connection of a request whose head is out, and make it *stream*'s sink.
+    Take the connection of a request that has no answer yet; make it *stream*'s sink.
 
-    Call it from the request itself, after `send` of the head has returned, and
-    let the request end right after. *send* is the server's own ASGI callable.
+    The head is the stream's to send from here on. Call it from the request
+    itself, and let that end right after, with nothing sent to *send*, which is
+    the server's own ASGI callable.
 
     Returns:
         True when the stream has its sink; False where this connection cannot
@@ -345,7 +350,7 @@ def take_over(scope: Any, send: Any, stream: Stream, hub: Hub, send_buffer: int)
     if transport.is_closing() or reader._eof or reader.exception() is not None:  # type: ignore[attr-defined]
         return None
     if transport.get_write_buffer_size():
-        # The head itself waits for the client: let the server send it.
+        # An answer before this one waits for the client: keep their order.
         return False
     sock = transport.get_extra_info("socket")
     if sock is None or sock.fileno() < 0:
@@ -358,6 +363,7 @@ def take_over(scope: Any, send: Any, stream: Stream, hub: Hub, send_buffer: int)
     protocol.send = nowhere
     server.protocol_send = nowhere  # type: ignore[method-assign]
     server._close = _nothing  # type: ignore[method-assign]
+    http.state = ASGIHTTPState.CLOSED
     writer._transport = _CLOSED  # type: ignore[attr-defined]
     # The reader of a client that sent more than its request had paused the
     # transport, and would resume it when Hypercorn reads on: that is ours now.
@@ -380,13 +386,13 @@ def _owners(send: Any) -> tuple[Any, Any, Any]:
 
 def _below(send: Any) -> tuple[Any, Any, StreamBuffer | None]:
     """
-    Return what carries one response alone: transport and reader, or an HTTP/2 buffer.
+    Return the transport below *send*, its reader, and the buffer of one HTTP/2 stream.
 
     None stands for what is not there, or hidden by the server or by middleware.
     """
     http, protocol, server = _owners(send)
-    if isinstance(protocol, H2Protocol):
-        return None, None, protocol.stream_buffers.get(http.stream_id)
+    if isinstance(protocol, H2Protocol) and isinstance(server, TCPServer):
+        return server.writer.transport, None, protocol.stream_buffers.get(http.stream_id)
     if isinstance(protocol, H11Protocol) and isinstance(server, TCPServer):
         return server.writer.transport, server.reader, None
     transport = getattr(http, "transport", None)  # uvicorn

@@ -40,6 +40,11 @@ class Pace:
         """How finely deadlines are kept."""
         return max(0.005, min(0.25, self.heartbeat / 8, self.slow_consumer / 4, self.max_age / 16))
 
+    @property
+    def late(self) -> float:
+        """How late a deadline is met at most: one tick by rounding, one by waiting for it."""
+        return 2 * self.tick
+
 
 @dataclass(slots=True)
 class Counts:
@@ -101,7 +106,7 @@ class Hub:
         """
         now = self.clock()
         stream.opened_at = stream.event_at = stream.beat_at = now
-        stream.end_at = now + self.pace.max_age * self.random.uniform(0.8, 1.0)
+        stream.end_at = now + self.random.uniform(0.8 * self.pace.max_age, self.pace.max_age - self.pace.late)
         self.streams[stream.id] = stream
         for topic in stream.topics:
             self._line(topic).setdefault(stream)
@@ -109,7 +114,7 @@ class Hub:
         self._schedule(stream, now)
         if stream.cursor == self.window.end:
             stream.state = LIVE
-            self._write(stream, Piece(preamble))
+            self._write(stream, _first(stream, preamble))
         else:
             stream.pending = preamble
             self._queue(stream)
@@ -320,7 +325,7 @@ class Hub:
             stream.event_at = self.clock()
             if caught_up:
                 stream.state = LIVE
-            self._write(stream, Piece(data))
+            self._write(stream, _first(stream, data))
             if stream.state is BEHIND and not stream.waiting:
                 self._queue(stream)
         elif caught_up:
@@ -386,11 +391,13 @@ class Hub:
             return
         pace = self.pace
         if stream.waiting:
-            at = now + pace.slow_consumer / 4
+            # A heartbeat is due soon after it has taken all.
+            at = now + min(pace.slow_consumer / 4, pace.heartbeat / 2)
         else:
             # Drawn anew each time: one event to all streams must not line up
             # all their heartbeats for ever.
-            at = max(stream.event_at, stream.beat_at) + pace.heartbeat * self.random.uniform(0.7, 0.95)
+            longest = min(0.95 * pace.heartbeat, pace.heartbeat - pace.late)
+            at = max(stream.event_at, stream.beat_at) + self.random.uniform(0.7 * pace.heartbeat, longest)
         at = min(at, stream.end_at)
         due = max(math.ceil(at / pace.tick), self._tick + 1)
         if due != stream.due:
@@ -475,3 +482,9 @@ def _piece(entries: Sequence[Entry]) -> Piece:
     if len(entries) == 1:
         return Piece(entries[0].block)
     return Piece(b"".join([entry.block for entry in entries]))
+
+
+def _first(stream: Stream, data: bytes) -> Piece:
+    """Return *data* as a piece, behind the head if that is not out yet."""
+    head, stream.head = stream.head, b""
+    return Piece(data, head)

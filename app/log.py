@@ -183,9 +183,7 @@ def from_fields(
             raise EventError("v", "must be 1", version, "This kit writes version 1.")
         unknown = fields.keys() - {b"v", b"topics", b"event", b"data", b"retry"}
         if unknown:
-            raise EventError(
-                "field", "must be one of v, topics, event, data, retry", min(unknown), "Leave it out."
-            )
+            raise EventError("field", "must be one of v, topics, event, data, retry", min(unknown), "Leave it out.")
         topics = tuple(dict.fromkeys(fields.get(b"topics", b"").decode().split(" ")))
         for topic in topics:
             check_topic(topic)

@@ -153,10 +153,9 @@ class RedisLog:
 
     async def open(self) -> None:
         # A fresh connection for the reader: an old one may hold half a reply.
-        try:
+        # Over TLS even closing waits for an answer; it is closed all the same.
+        with suppress(RedisError, OSError):
             await self._reader.aclose()
-        except (RedisError, OSError):
-            pass  # over TLS even closing waits for an answer; it is closed all the same
         await _told(self._reader.ping())
         await self._check_policy()
 
@@ -193,9 +192,7 @@ class RedisLog:
         return [f"{epoch}:{id}" for id in ids]
 
     async def state(self, cursor: Position) -> LogState:
-        epoch, now_ms, *facts = await _told(
-            self._state(keys=[self.log_key, self.epoch_key], args=[_text(cursor)])
-        )
+        epoch, now_ms, *facts = await _told(self._state(keys=[self.log_key, self.epoch_key], args=[_text(cursor)]))
         name = _str(epoch) if epoch is not None else None
         if not facts:
             return LogState(name, None, ORIGIN, 0, 0, False, int(now_ms))
@@ -232,7 +229,9 @@ class RedisLog:
 
     async def has(self, position: Position) -> bool:
         return bool(
-            await _told(cast(Any, self._publisher).execute_command("XRANGE", self.log_key, _text(position), _text(position)))
+            await _told(
+                cast(Any, self._publisher).execute_command("XRANGE", self.log_key, _text(position), _text(position))
+            )
         )
 
     async def trim(self) -> None:

@@ -4,9 +4,6 @@ The HTTP edge: what is asked is checked here, and answered or refused.
 
 import json
 import re
-from collections.abc import AsyncIterator
-from contextlib import aclosing
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 from urllib.parse import quote
@@ -22,11 +19,10 @@ from app.event import (
     check_retry,
     check_subscription,
     check_topic,
-    encode,
 )
-from app.handoff import Pulled, take_over
 from app.kit import Kit
 from app.log import Batch, IdempotencyConflict, LogUnavailable
+from app.opening import Opening, Place
 from app.problem import Problem
 from app.stream import Stream
 
@@ -56,7 +52,10 @@ def routes(kit: Kit) -> Blueprint:
             return _head(Response(b""))
         place = await _place(kit)
         stream = Stream(kit.next_stream_id(), topics, user=user, resumed_from=place.asked)
-        response = _head(Response(_body(kit, stream, place, request.scope)))
+        opening = Opening(kit, stream, place, request.scope)
+        extensions: dict[str, object] = request.scope["extensions"]  # type: ignore[assignment]
+        extensions["sse.opening"] = opening
+        response = _head(Response(opening.body()))
         response.timeout = None
         return response
 
@@ -185,95 +184,6 @@ def routes(kit: Kit) -> Blueprint:
     return pages
 
 
-@dataclass(frozen=True, slots=True)
-class _Place:
-    """Where a stream begins. The cursor holds as long as the window was not reset."""
-
-    asked: str = ""
-    cursor: int | None = None  # None: at the window's end, whatever that is by then
-    resets: int = 0
-    lost: str = ""  # why the position that was asked for is none
-
-
-async def _body(kit: Kit, stream: Stream, place: _Place, scope: Any) -> AsyncIterator[bytes]:
-    """
-    Run one stream: by hand-off where that can be, else as this very generator.
-
-    Called when the head is out. Nothing of Quart's context is used here.
-    """
-    hub, settings = kit.hub, kit.settings
-    lost = place.lost
-    stream.cursor = hub.window.end
-    if place.cursor is not None:
-        # Some turns of the event loop have passed since it was found.
-        if place.resets != hub.window.resets:
-            lost = "epoch_changed"
-        elif place.cursor < hub.window.first:
-            lost = "history_lost"
-        else:
-            stream.cursor = place.cursor
-    preamble = encode(
-        id=hub.window.id_at(stream.cursor),
-        event="stream.open",
-        data=json.dumps(
-            {
-                "stream": stream.id,
-                "process": kit.process,
-                "topics": stream.topics,
-                "heartbeat_seconds": settings.heartbeat_seconds,
-            }
-        ),
-        retry=min(
-            86_400_000,
-            int(hub.random.uniform(settings.retry_ms, 2 * settings.retry_ms)),
-        ),
-    )
-    if lost:
-        preamble += hub.reset_block(
-            lost,
-            name="Last-Event-ID",
-            rule=_LOST[lost],
-            value=place.asked,
-            cure="Fetch your state again; this stream goes on from now.",
-        )
-    taken: bool | None = False
-    if settings.handoff == "auto":
-        taken = take_over(scope, scope["extensions"]["sse.send"], stream, hub, settings.send_buffer_bytes)
-    if taken is None:
-        return
-    if taken:
-        kit.tally.handed_off += 1
-        _opened(kit, stream, "handoff")
-        _begin(kit, stream, preamble)
-        return
-    pulled = Pulled(stream, hub, scope["extensions"]["sse.send"], settings.send_buffer_bytes)
-    stream.sink = pulled
-    _opened(kit, stream, "generator")
-    _begin(kit, stream, preamble)
-    async with aclosing(pulled.body()) as body:
-        async for data in body:
-            yield data
-
-
-def _begin(kit: Kit, stream: Stream, preamble: bytes) -> None:
-    kit.hub.add(stream, preamble)
-    if kit.draining:
-        # The door was passed before the drain began, and the drain is over or
-        # has not seen this stream.
-        kit.hub.end(stream, "draining", kit.hub.farewell())
-
-
-def _opened(kit: Kit, stream: Stream, path: str) -> None:
-    kit.logger.info(
-        "stream_opened",
-        stream=stream.id,
-        user=stream.user,
-        topics=list(stream.topics),
-        resumed_from=stream.resumed_from,
-        path=path,
-    )
-
-
 def _head(response: Response) -> Response:
     response.headers["Content-Type"] = "text/event-stream; charset=utf-8"
     response.headers["Cache-Control"] = "no-store"
@@ -348,7 +258,7 @@ def _topics(most: int, user: str | None) -> tuple[str, ...]:
     return tuple(asked)
 
 
-async def _place(kit: Kit) -> _Place:
+async def _place(kit: Kit) -> Place:
     """Return where the stream that is asked for begins."""
     asked = request.args.get("last_event_id")
     if asked is not None and not _POSITION.fullmatch(asked):
@@ -364,15 +274,15 @@ async def _place(kit: Kit) -> _Place:
     # before: it is the newer one.
     asked = request.headers.get("Last-Event-ID") or asked
     if not asked:
-        return _Place()
+        return Place()
     kit.tally.resumed += 1
     shown = asked[:200]
     if asked == "earliest":
-        return _Place(shown, kit.window.first, kit.window.resets)
+        return Place(shown, kit.window.first, kit.window.resets)
     if not _POSITION.fullmatch(asked):
         # In a header this is never refused by status: a native EventSource
         # that comes from another server would give up for ever.
-        return _Place(shown, lost="unknown_position")
+        return Place(shown, lost="unknown_position")
     try:
         found = await kit.reader.located(asked)
     except LogUnavailable:
@@ -386,15 +296,8 @@ async def _place(kit: Kit) -> _Place:
             {"Retry-After": "1"},
         ) from None
     if isinstance(found, str):
-        return _Place(shown, lost=found)
-    return _Place(shown, found, kit.window.resets)
-
-
-_LOST = {
-    "unknown_position": "is not an id of this log",
-    "epoch_changed": "is of a history that was lost",
-    "history_lost": "is older than SSE_HISTORY_SECONDS, or than what fits",
-}
+        return Place(shown, lost=found)
+    return Place(shown, found, kit.window.resets)
 
 
 async def _json(most: int) -> Any:
@@ -475,9 +378,7 @@ def _draft(item: Any, kit: Kit, where: str) -> Draft:
         raise wrong("event", "must be an object", item, 'Such as {"topics": ["news"], "data": "hello"}.')
     for name in item:
         if name not in _EVENT_FIELDS:
-            raise wrong(
-                name or '""', "is not a field of an event", item[name], "Fields: topics, event, data, retry."
-            )
+            raise wrong(name or '""', "is not a field of an event", item[name], "Fields: topics, event, data, retry.")
     topics = item.get("topics")
     if not isinstance(topics, list) or not topics:
         raise wrong("topics", "must be an array of at least one topic", topics, 'Such as ["news"].')

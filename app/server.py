@@ -58,6 +58,11 @@ class _Connection(TCPServer):
         # keep-alive timeout: 75 s for every probe and every single request.
         await self.idle_task.stop()
 
+    async def _close(self) -> None:
+        # A client that vanished (ETIMEDOUT, EHOSTUNREACH) is no error of ours.
+        with suppress(OSError):
+            await super()._close()
+
 
 _open: set[_Connection] = set()
 # Where Hypercorn looks it up; it has no setting for it.
@@ -114,8 +119,13 @@ async def _serve(settings: Settings) -> int:
     gc.freeze()
     try:
         await hypercorn.asyncio.serve(app, config, shutdown_trigger=lambda: _until(asked, kit))
-    except OSError as error:
-        return _cannot_listen("SSE_PORT", settings.port, error)
+    except (OSError, ExceptionGroup) as error:
+        if not kit.draining:
+            if isinstance(error, OSError):
+                return _cannot_listen("SSE_PORT", settings.port, error)
+            raise
+        # Hypercorn gathers what went wrong in the last connections.
+        kit.logger.warning("requests_cut", why=str(error))
     return 1 if kit.failed.is_set() else 0
 
 
@@ -197,7 +207,7 @@ def _say_how(kit: Kit) -> None:
 
 
 def _raise_descriptor_limit() -> None:
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 

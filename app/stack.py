@@ -71,9 +71,7 @@ def find_tool(*names: str) -> str:
         StackError: none is.
     """
     # Debian keeps servers in sbin, which is not on an ordinary user's PATH.
-    path = os.pathsep.join(
-        [os.environ.get("PATH", os.defpath), "/usr/sbin", "/usr/local/sbin", "/opt/homebrew/bin"]
-    )
+    path = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/usr/local/sbin", "/opt/homebrew/bin"])
     for name in names:
         chosen = os.environ.get(f"{name.upper().replace('-', '_')}_BINARY", name)
         if found := shutil.which(chosen, path=path):
@@ -117,9 +115,7 @@ def check_port_free(port: int) -> None:
             try:
                 probe.bind((address, port))
             except PermissionError:
-                raise StackError(
-                    f"PORT must be one that you may open, got {port}. Use 1024 or higher."
-                ) from None
+                raise StackError(f"PORT must be one that you may open, got {port}. Use 1024 or higher.") from None
             except OSError as error:
                 if error.errno != errno.EADDRINUSE:
                     continue  # no IPv6 on this machine
@@ -202,9 +198,7 @@ class Part:
     # Sent when the process that made a Stack dies.
     death_signal = signal.SIGKILL
 
-    def __init__(
-        self, name: str, directory: Path, *, port: int | None = None, detached: bool = False
-    ) -> None:
+    def __init__(self, name: str, directory: Path, *, port: int | None = None, detached: bool = False) -> None:
         self.name = name
         self.directory = directory
         self.log_path = directory / f"{name}.log"
@@ -275,9 +269,7 @@ class Part:
                 code = self.process.returncode if self.process else None
                 raise StackError(f"{self.name} must stay up, but ended with {code}.{self._last_lines()}")
             if time.monotonic() > deadline:
-                raise StackError(
-                    f"{self.name} must be ready within {timeout:g} s, but is not.{self._last_lines()}"
-                )
+                raise StackError(f"{self.name} must be ready within {timeout:g} s, but is not.{self._last_lines()}")
             time.sleep(0.03)
 
     def kill(self, number: int = signal.SIGKILL) -> None:
@@ -388,9 +380,7 @@ class App(Part):
     `env` may be changed between `kill` and `start`.
     """
 
-    def __init__(
-        self, name: str, directory: Path, env: Mapping[str, str], *, detached: bool = False
-    ) -> None:
+    def __init__(self, name: str, directory: Path, env: Mapping[str, str], *, detached: bool = False) -> None:
         super().__init__(name, directory, detached=detached)
         self.metrics_port = self._reserve()
         self.env = dict(env)
@@ -407,12 +397,16 @@ class App(Part):
     def environment(self) -> dict[str, str]:
         """Return the environment: ours without its own settings, plus `env`."""
         inherited = {k: v for k, v in os.environ.items() if not k.startswith("SSE_")}
-        return inherited | {
-            "PYTHONPATH": str(ROOT),
-            "PYTHONUNBUFFERED": "1",
-            "SSE_PORT": str(self.port),
-            "SSE_METRICS_PORT": str(self.metrics_port),
-        } | self.env
+        return (
+            inherited
+            | {
+                "PYTHONPATH": str(ROOT),
+                "PYTHONUNBUFFERED": "1",
+                "SSE_PORT": str(self.port),
+                "SSE_METRICS_PORT": str(self.metrics_port),
+            }
+            | self.env
+        )
 
     def probe(self) -> bool:
         """Return whether it is ready."""
@@ -601,8 +595,7 @@ class Stack:
                     part.wait_ready(timeout)
             if self.nginx and (status := _status(f"127.0.0.1:{self.nginx.port}", "/readyz")) != 200:
                 raise StackError(
-                    f"nginx must reach the application, but /readyz answered {status}."
-                    + self.nginx._last_lines()
+                    f"nginx must reach the application, but /readyz answered {status}." + self.nginx._last_lines()
                 )
         except BaseException:
             self.close()

@@ -71,6 +71,7 @@ class Stream:
         "end_at",
         "event_at",
         "events",
+        "head",
         "id",
         "on_end",
         "opened_at",
@@ -110,6 +111,8 @@ class Stream:
         self.reason = ""
         # Blocks that go out before anything else: `stream.open`, `stream.reset`.
         self.pending = b""
+        # The response's head, where the sink has to send it: with the first piece.
+        self.head = b""
         self.queued = False  # stands in the hub's queue of streams that may pull
         self.waiting = False  # the sink holds bytes; `writable` will come
         self.blocked_at = 0.0  # when the client last took something while waiting
