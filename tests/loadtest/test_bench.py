@@ -3,7 +3,9 @@ The benchmark may be believed: its client counts exactly what a server did wrong
 """
 
 import contextlib
+import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -12,16 +14,21 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
+from loadtest.bench.chart import draw
 from loadtest.bench.client import SATURATED, Clients, Report
 from loadtest.bench.compiler import build, find_compiler
 from loadtest.bench.figures import LIMITS, Limit, Verdict, check, make_figure, ratio
 from loadtest.bench.histogram import Histogram, bucket_of, middle_of
+from loadtest.bench.peers import PEERS
 from loadtest.bench.peers.floor import Floor
 from loadtest.bench.publisher import DATA_SIZE, make_data
-from loadtest.bench.scenario import Sample
+from loadtest.bench.report import Report as RunReport
+from loadtest.bench.report import describe_machine
+from loadtest.bench.scenario import QUICK, ROWS, Results, Sample
 
 ROOT = Path(__file__).parents[2]
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n"
@@ -483,8 +490,6 @@ class TestFigures:
         """
         What a failed run names is what --only takes.
         """
-        from loadtest.bench.scenario import ROWS
-
         assert {limit.row for limit in LIMITS} <= ROWS
 
 
@@ -543,6 +548,72 @@ class TestFloor:
         finally:
             clients.end()
             running.end()
+
+
+class TestReport:
+    def report(self) -> RunReport:
+        """
+        Return the report of a small run.
+        """
+        results = Results()
+        for number in range(3):
+            results.add("single", "floor", Sample(8.0, number))
+            results.add("single", "app", Sample(8.8, number))
+            results.add("single", "quart", Sample(30.0, number, void="the client was busy"))
+        peers = [PEERS["floor"], PEERS["app"], PEERS["quart"]]
+        versions = {peer.name: "1.0" for peer in peers}
+        return RunReport(results, QUICK, peers, versions, {"nchan": "no"}, describe_machine(), "C", {"single"}, 60)
+
+    def test_table(self):
+        """
+        Void figures are called void, absent peers are named, ratios are shown.
+        """
+        text = self.report().as_text()
+
+        assert "1.10 (1.10 to 1.10)" in text
+        assert re.search(r"\(`quart`\) +\| +void", text)
+        assert "nchan: skipped. no" in text
+
+    def test_json(self):
+        """
+        All samples are kept, and the value and verdict of every limit.
+        """
+        written = json.loads(json.dumps(self.report().as_json()))
+
+        assert [8.8] * 3 == written["rows"]["single"]["app"]["samples"]
+        assert pytest.approx(1.1) == written["checks"][0]["value"]
+        assert Verdict.UNCHECKED == written["checks"][1]["verdict"]
+
+    def test_chart(self):
+        """
+        The chart is well-formed, and has a bar for each figure that counts.
+        """
+        tree = ElementTree.fromstring(draw(self.report()))
+        bars = tree.findall("{http://www.w3.org/2000/svg}rect")
+
+        assert ["floor", "kit"] == [bar.get("class") for bar in bars]
+
+    @needs_compiler
+    def test_run(self, tmp_path: Path):
+        """
+        The command runs, writes its three files and succeeds.
+        """
+        command = [sys.executable, "-m", "loadtest.bench", "--quick", "--only", "single", "--rounds", "1"]
+        command += ["--peers", "floor", "--output", str(tmp_path)]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+
+        assert 0 == done.returncode, done.stderr
+        assert {"results.json", "table.md", "chart.svg"} == {path.name for path in tmp_path.iterdir()}
+
+    def test_unknown_row(self):
+        """
+        A row that does not exist is refused with those that do.
+        """
+        command = [sys.executable, "-m", "loadtest.bench", "--only", "speed"]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+
+        assert 2 == done.returncode
+        assert "got 'speed'. Known: burst, churn" in done.stderr
 
 
 class TestProcesses:

@@ -96,6 +96,7 @@ class ApplicationOn(_Application):
 
     name = "app"
     title = "this kit"
+    label = "this kit"
 
 
 class ApplicationInMemory(_Application):
@@ -105,6 +106,7 @@ class ApplicationInMemory(_Application):
 
     name = "app-memory"
     title = "this kit, log in memory"
+    label = "kit, log in memory"
     redis = False
     scales = False
 
@@ -116,6 +118,7 @@ class ApplicationOff(_Application):
 
     name = "app-off"
     title = "this kit, generator path"
+    label = "kit, generator path"
     handoff = "off"
 
 
@@ -126,4 +129,5 @@ class ApplicationBehindNginx(_Application):
 
     name = "app-nginx"
     title = "this kit behind nginx"
+    label = "kit behind nginx"
     nginx = True

@@ -72,8 +72,9 @@ class Peer(ABC):
     """
 
     name: str
-    # One line for tables and charts.
+    # For tables, and shorter for the chart.
     title: str
+    label: str
     # Whether a client that comes back is sent what it missed.
     resumes = False
     # Whether it sends heartbeats to silent streams.

@@ -17,6 +17,7 @@ class Floor(Peer):
 
     name = "floor"
     title = "C, a bare epoll loop"
+    label = "C, the floor"
     scales = True
 
     def version(self) -> str:

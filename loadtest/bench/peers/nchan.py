@@ -62,6 +62,7 @@ class Nchan(Peer):
 
     name = "nchan"
     title = "Nchan, C inside nginx"
+    label = "Nchan"
     resumes = True
 
     def _find(self) -> tuple[str, str]:

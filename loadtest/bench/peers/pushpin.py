@@ -62,6 +62,7 @@ class Pushpin(Peer):
 
     name = "pushpin"
     title = "Pushpin"
+    label = "Pushpin"
 
     def version(self) -> str:
         """

@@ -28,6 +28,7 @@ class QuartRecipe(Peer):
 
     name = "quart"
     title = "Quart recipe: generator and queue"
+    label = "Quart recipe"
     heartbeats = False
 
     def version(self) -> str:

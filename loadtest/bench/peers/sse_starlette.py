@@ -53,6 +53,7 @@ class SseStarlette(Peer):
 
     name = "sse-starlette"
     title = "sse-starlette on uvicorn"
+    label = "sse-starlette"
     loop = "asyncio"
     parser = "h11"
 
@@ -103,5 +104,6 @@ class SseStarletteUvloop(SseStarlette):
 
     name = "sse-starlette-uvloop"
     title = "sse-starlette on uvicorn, uvloop"
+    label = "sse-starlette, uvloop"
     loop = "uvloop"
     parser = "httptools"
