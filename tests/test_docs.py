@@ -41,11 +41,8 @@ class TestReadme:
         """Every problem type of the code is explained, and no other."""
         used = set()
         for path in (ROOT / "app").glob("*.py"):
-            used |= set(re.findall(r'(?:Problem|cls)\(\s*(\d{3}, "[a-z-]+")', path.read_text()))
-        shown = {
-            f'{status}, "{slug}"'
-            for slug, status in re.findall(r"`urn:sse-kit:([a-z-]+)` \| (\d{3})", README)
-        }
+            used |= set(re.findall(r'(?:Problem|cls)\(\s*(\d{3}),\s*"([a-z-]+)"', path.read_text()))
+        shown = {(status, slug) for slug, status in re.findall(r"`urn:sse-kit:([a-z-]+)` \| (\d{3})", README)}
 
         assert used == shown
 
@@ -59,7 +56,7 @@ class TestReadme:
         """Every reason that is explained is one that a stream can have."""
         section = README.split("## How a stream ends", 1)[1].split("\n## ", 1)[0]
 
-        assert set(re.findall(r"^\| `([a-z_]+)`", section, re.M)) <= set(REASONS)
+        assert set(re.findall(r"^\| `([a-z_]+)`", section, re.MULTILINE)) <= set(REASONS)
 
     def test_links(self):
         """Every relative link of every README leads somewhere."""
@@ -72,7 +69,7 @@ class TestReadme:
         makefile = (ROOT / "Makefile").read_text()
 
         for target in set(re.findall(r"`make ([a-z-]+)", README)):
-            assert re.search(rf"^{target}:", makefile, re.M), target
+            assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
 
 
 if __name__ == "__main__":
@@ -80,6 +77,4 @@ if __name__ == "__main__":
     comment, rest = rest.split("-->\n", 1)
     after = rest.split("<!-- end", 1)[1]
     sys.stdout.write(settings_table() + "\n")
-    (ROOT / "README.md").write_text(
-        f"{before}<!-- settings{comment}-->\n{settings_table()}\n<!-- end{after}"
-    )
+    (ROOT / "README.md").write_text(f"{before}<!-- settings{comment}-->\n{settings_table()}\n<!-- end{after}")
