@@ -70,7 +70,7 @@ test-mutations: test-packages test-venv ## Break each guarantee, see its test fa
 	@$(PYTHON) -m tests.mutations --only "$(ONLY)" $(if $(LIST),--list)
 
 .PHONY: bench
-bench: test-packages test-venv ## Measure against the peers (QUICK=1: under 5 minutes).
+bench: bench-packages test-venv ## Measure against the peers (QUICK=1: under 5 minutes).
 	@QUICK=$(QUICK) $(PYTHON) -m loadtest.bench
 
 ##@ Maintain
@@ -86,11 +86,13 @@ clean: ## End every stack of this clone and remove all that make made.
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Not for the list: what the targets above need first.
-.PHONY: stack-packages test-packages venv test-venv
+.PHONY: stack-packages test-packages bench-packages venv test-venv
 stack-packages:
 	@.make/packages.sh stack
 test-packages:
 	@.make/packages.sh stack test
+bench-packages:
+	@.make/packages.sh stack bench
 venv:
 	@.make/python.sh run
 test-venv:

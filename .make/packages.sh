@@ -3,6 +3,7 @@
 #
 #   .make/packages.sh stack        nginx, Redis or Valkey, and curl to try them
 #   .make/packages.sh stack test   these, and what the tests drive
+#   .make/packages.sh stack bench  these, a C compiler, and what we measure against
 #   .make/packages.sh venv PYTHON  the part of PYTHON that makes environments
 #
 # Knows apt-get; elsewhere it says what to install. Never starts or enables a
@@ -41,6 +42,11 @@ apt() {
     rm -f "$log"
 }
 
+services() {
+    find /etc/init.d/* /usr/lib/systemd/system/*.service /lib/systemd/system/*.service -prune 2>/dev/null |
+        sed 's|.*/||; s|\.service$||; /@/d' | sort -u
+}
+
 quiet_services() {
     # A killed run of ours left it; nobody else is here, we hold the lock.
     if grep -q "$mark" "$policy" 2>/dev/null; then rm -f "$policy"; fi
@@ -61,28 +67,27 @@ quiet_services() {
 }
 
 # The policy stops starts only. That a service is enabled for the next boot is
-# the package's own doing, so it is undone for what we brought in.
+# the package's own doing, so it is undone for those that are new.
 restore() {
     if grep -q "$mark" "$policy" 2>/dev/null; then rm -f "$policy"; fi
-    for service in $new_services; do
-        if [ -e "/etc/init.d/$service" ]; then
-            update-rc.d "$service" disable >/dev/null 2>&1 || true
-            deb-systemd-helper disable "$service.service" >/dev/null 2>&1 || true
-        fi
+    for service in $(services | comm -13 "$before" -); do
+        [ ! -e "/etc/init.d/$service" ] || update-rc.d "$service" disable >/dev/null 2>&1 || true
+        deb-systemd-helper disable "$service.service" >/dev/null 2>&1 || true
     done
+    rm -f "$before"
 }
 
 as_root() {
     # One at a time, also for two clones; a lock on a folder leaves no file.
     exec 9</usr/sbin
     flock 9
-    wanted='' new_services=''
+    wanted=''
     for package; do
-        installed "$package" && continue
-        wanted="$wanted $package"
-        case $package in nginx | *-server) new_services="$new_services $package" ;; esac
+        installed "$package" || wanted="$wanted $package"
     done
     [ -n "$wanted" ] || return 0
+    before=$(mktemp)
+    services >"$before"
     trap restore EXIT
     trap 'exit 130' INT
     trap 'exit 143' TERM HUP
@@ -138,12 +143,19 @@ stack)
     have nginx || { required="$required nginx" brew="$brew nginx"; }
     have redis-server || have valkey-server || { required="$required redis-server" brew="$brew redis"; }
     have curl || { required="$required curl" brew="$brew curl"; } # for the two lines to try
-    if [ "${2:-}" = test ]; then
+    case ${2:-} in test | bench) have cc || optional="$optional gcc libc6-dev" ;; esac
+    case ${2:-} in
+    test)
         have chromium || optional="$optional chromium"
         have firefox-esr || optional="$optional firefox-esr"
         have ip || optional="$optional iproute2"
         have nft || optional="$optional nftables"
-    fi
+        ;;
+    bench)
+        [ -e /usr/lib/nginx/modules/ngx_nchan_module.so ] || optional="$optional libnginx-mod-nchan"
+        have pushpin || optional="$optional pushpin condure zurl"
+        ;;
+    esac
     [ -n "$required$optional" ] || exit 0
     if ! have apt-get; then
         [ -z "$required" ] && exit 0 # tests without their tool are skipped, by name
@@ -158,18 +170,18 @@ stack)
         *redis-server*) candidate redis-server || ! candidate valkey-server ||
             required=$(say "$required" | sed 's/redis-server/valkey-server/') ;;
     esac
-    # Browsers and network tools only serve tests, which are skipped without
+    # The others only serve tests and figures, which are skipped by name without
     # them; Ubuntu, for one, has no browser as a package.
     for package in $optional; do
         if candidate "$package"; then required="$required $package"
-        else say "Not to be had here: $package. Tests that need it are skipped."; fi
+        else say "Not to be had here: $package. What needs it is skipped."; fi
     done
     [ -n "$required" ] || exit 0
     # shellcheck disable=SC2086 # words, not one argument
     install $required || {
         [ -z "$brew" ] || fail "nginx and Redis must be installed for this (see above)."
-        say "Tests without their tool are skipped."
+        say "What needs them is skipped."
     }
     ;;
-*) fail "packages.sh takes stack, stack test or venv PYTHON, got '$*'." ;;
+*) fail "packages.sh takes stack, stack test, stack bench or venv PYTHON, got '$*'." ;;
 esac
