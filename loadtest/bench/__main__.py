@@ -23,6 +23,7 @@ from .client import client_command
 from .compiler import CompileError
 from .peers import PEERS, Absent
 from .peers.sse_starlette import install
+from .process import guardian
 from .report import Report, describe_machine
 from .scenario import FULL, QUICK, ROWS, Bench, progress
 
@@ -132,8 +133,10 @@ def main(arguments: list[str]) -> int:
     Run the benchmark and return the exit code.
     """
     options = parse(arguments)
-    # A run in CI is ended by SIGTERM: it must clean up as at Ctrl-C.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # A run in CI is ended by SIGTERM: it must clean up as at Ctrl-C, which a shell
+    # turns off for what it runs in the background.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.default_int_handler)
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     if options.install:
@@ -158,6 +161,7 @@ def main(arguments: list[str]) -> int:
     machine = describe_machine()
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="sse-bench-", ignore_cleanup_errors=True) as folder:
+        guardian.tell("=", folder)
         results = Bench(peers, size, Path(folder)).run(rows)
     report = Report(results, size, peers, versions, absent, machine, client, rows, time.monotonic() - began)
 

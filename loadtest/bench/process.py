@@ -47,30 +47,38 @@ class Guardian:
     A process that ends everything we started when we are gone, however we went.
 
     nginx and Pushpin fork, and PR_SET_PDEATHSIG does not reach grandchildren.
-    The guardian reads process groups from a pipe; at its end it kills them.
+    The guardian reads process groups and folders from a pipe; when the pipe ends
+    it kills the ones and removes the others.
     """
 
     _code = """
-import os, signal, sys
+import os, shutil, signal, sys
 signal.signal(signal.SIGINT, signal.SIG_IGN)
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
-groups = set()
+groups, folders = set(), []
 for line in sys.stdin:
-    sign, group = line[0], int(line[1:])
-    groups.add(group) if sign == "+" else groups.discard(group)
+    sign, what = line[0], line[1:].strip()
+    if sign == "+":
+        groups.add(int(what))
+    elif sign == "-":
+        groups.discard(int(what))
+    else:
+        folders.append(what)
 for group in groups:
     try:
         os.killpg(group, signal.SIGKILL)
     except ProcessLookupError:
         pass
+for folder in folders:
+    shutil.rmtree(folder, ignore_errors=True)
 """
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
 
-    def tell(self, sign: str, group: int) -> None:
+    def tell(self, sign: str, what: object) -> None:
         """
-        Watch (`+`) or forget (`-`) a process group.
+        Watch (`+`) or forget (`-`) a process group; remove a folder (`=`).
         """
         if self._process is None:
             self._process = subprocess.Popen(
@@ -79,11 +87,11 @@ for group in groups:
                 start_new_session=True,
             )
         assert self._process.stdin is not None
-        self._process.stdin.write(f"{sign}{group}\n".encode())
+        self._process.stdin.write(f"{sign}{what}\n".encode())
         self._process.stdin.flush()
 
 
-_guardian = Guardian()
+guardian = Guardian()
 
 
 def process_cpu(pid: int) -> float:
@@ -185,7 +193,8 @@ class Server(Watched):
                 preexec_fn=die_with_parent,  # noqa: PLW1509 - this program has one thread
             )
         super().__init__(name, self._process.pid)
-        _guardian.tell("+", self.pid)
+        self._groups = {self.pid}
+        guardian.tell("+", self.pid)
 
     def wait_until(self, ready: Callable[[], bool], seconds: float = 30) -> None:
         """
@@ -201,6 +210,13 @@ class Server(Watched):
                 raise StartError(f"{self.name}: {what}. It wrote:\n{said}")
             time.sleep(0.02)
         self.find_children()
+        # Pushpin gives each of its programs a group of its own.
+        for pid in self._pids:
+            with contextlib.suppress(ProcessLookupError):
+                group = os.getpgid(pid)
+                if group not in self._groups:
+                    self._groups.add(group)
+                    guardian.tell("+", group)
 
     def end(self) -> None:
         """
@@ -211,11 +227,12 @@ class Server(Watched):
                 os.killpg(self.pid, number)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(seconds)
-                # Workers may be a moment behind their master.
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(self.pid, signal.SIGKILL)
                 break
-        _guardian.tell("-", self.pid)
+        # Workers may be a moment behind their master.
+        for group in self._groups:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(group, signal.SIGKILL)
+            guardian.tell("-", group)
 
 
 def answers(port: int, path: str = "/healthz", statuses: Iterable[int] = (200, 204)) -> Callable[[], bool]:

@@ -27,7 +27,7 @@ stats_connection_ttl=120
 
 [runner]
 services=condure,zurl,pushpin-proxy,pushpin-handler
-http_port={port}
+http_port=127.0.0.1:{port}
 logdir={folder}
 log_level=1
 client_buffer_size=8192
