@@ -134,7 +134,6 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     listen.add_argument(
         "--from",
         dest="position",
-        default="",
         type=_position,
         metavar="earliest|ID",
         help="begin with all that is kept, or after the event with this id (default: now)",
@@ -452,7 +451,7 @@ async def _follow(arguments: argparse.Namespace, heard: Heard) -> bool:
     events = listen(
         arguments.url,
         arguments.topic,
-        last_event_id=arguments.position,
+        last_event_id=arguments.position or "",
         user=arguments.user,
         on_open=on_open,
         on_wait=on_wait,

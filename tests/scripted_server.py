@@ -100,7 +100,7 @@ async def serving(*answers: Answer, port: int = 0) -> AsyncGenerator[Server]:
 # --- Answers ---
 
 
-def stream(*chunks: bytes | float, then: str = "end", head: str = "") -> Answer:
+def stream(*chunks: bytes | float, then: str = "end", head: str = "", kind: str = "text/event-stream") -> Answer:
     """
     A text/event-stream. A number among *chunks* is a pause in seconds.
 
@@ -110,7 +110,7 @@ def stream(*chunks: bytes | float, then: str = "end", head: str = "") -> Answer:
     async def answer(exchange: Exchange) -> bool:
         writer = exchange.writer
         writer.write(
-            b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream; charset=utf-8\r\n"
+            b"HTTP/1.1 200 OK\r\nContent-Type: " + kind.encode() + b"; charset=utf-8\r\n"
             b"Connection: close\r\nTransfer-Encoding: chunked\r\n" + head.encode() + b"\r\n"
         )
         for chunk in chunks:

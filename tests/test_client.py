@@ -296,10 +296,23 @@ class TestListen:
 
     async def test_leaving_closes_the_connection(self):
         """
-        The server sees at once that the caller left.
+        The server sees at once that the caller left, also when the HTTP client stays.
         """
-        async with serving(stream(OPEN, block(1), then="hold")) as server:
-            await take(1, server.url)
+        async with (
+            serving(stream(OPEN, block(1), then="hold")) as server,
+            httpx2.AsyncClient() as shared,
+        ):
+            await take(1, server.url, client=shared)
+            await asyncio.wait_for(server.left.wait(), 2)
+
+    async def test_refusing_closes_the_connection(self):
+        """
+        What is no event stream is not kept open, although nobody reads on.
+        """
+        page = stream(b"<html>", then="hold", kind="text/html")
+        async with serving(page) as server, httpx2.AsyncClient() as shared:
+            with pytest.raises(Refused):
+                await take(1, server.url, client=shared)
             await asyncio.wait_for(server.left.wait(), 2)
 
 

@@ -130,8 +130,14 @@ class Run:
         self.task = asyncio.create_task(self.publishing.run())
 
     async def end(self) -> int:
+        """Close the input and return the exit code."""
         self.input.close()
-        return await self.task
+        return await self.ended()
+
+    async def ended(self) -> int:
+        # Awaiting the task alone would, at the test's deadline, cancel it and take that for its end.
+        await until(self.task.done, "the end of the run")
+        return self.task.result()
 
     @property
     def data(self) -> list[str]:
@@ -382,7 +388,7 @@ class TestPublish:
         """
         problem = {"detail": "token must be there. Send one."}
         async with publishing(status(code, body=problem), text=b"a\nb\n") as run:
-            assert 1 == await run.task
+            assert 1 == await run.ended()
 
         assert 1 == len(run.server.requests)
         said = capsys.readouterr().err
@@ -401,7 +407,7 @@ class TestPublish:
             reading = run.publishing
             await until(lambda: reading.lines.count == 2, "the second line")
             os.kill(os.getpid(), number)
-            assert 0 == await run.task
+            assert 0 == await run.ended()
 
         assert ["a", "b"] == run.data
         said = capsys.readouterr().err
@@ -418,7 +424,7 @@ class TestPublish:
             await until(lambda: run.publishing.lines.stopped, "the first signal")
             assert not run.task.done()
             os.kill(os.getpid(), signal.SIGTERM)
-            assert 1 == await run.task
+            assert 1 == await run.ended()
 
         said = capsys.readouterr().err
         assert "Ended early: it was stopped at once." in said
@@ -430,7 +436,7 @@ class TestPublish:
         """
         descriptor = os.open(tmp_path, os.O_RDONLY)
         async with publishing(descriptor=descriptor) as run:
-            assert 1 == await run.task
+            assert 1 == await run.ended()
         os.close(descriptor)
 
         assert "standard input cannot be read: Is a directory" in capsys.readouterr().err

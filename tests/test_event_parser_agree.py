@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from app.event import encode
 from app.parser import Parser
 
-examples = settings(max_examples=200)
+examples = settings(max_examples=150)
 
 # Characters that have a meaning somewhere on the way come up often.
 awkward = st.sampled_from(list("\r\n\0: \t\ufeff\x0b\x0c\x1c\x85\u2028\u2029😀é")) | st.characters(
@@ -64,6 +64,7 @@ class TestRoundTrip:
     @examples
     @given(event)
     @example({"data": ""})
+    @example({"data": " a\n  b\r\r\n\n c\n"})
     @example({"data": "\n", "event": "message", "id": " 1", "retry": 0})
     def test_one_event(self, event):
         """
