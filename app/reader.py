@@ -9,7 +9,8 @@ reader compares what the log says about itself with what it has read.
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from random import Random
 from typing import cast
@@ -113,6 +114,10 @@ class Reader:
         self._count = 100
         self._clock_ms = (0, 0.0)
         self._check_at = 0.0
+        # The log's end and its entries-added at a check: when the cursor gets
+        # there, as many must have been read.
+        self._mark: tuple[Position, int] | None = None
+        self._missed: str | None = None
         self._read_at = 0.0
         self._moved = asyncio.Event()
         self._asked: list[asyncio.Future[None]] = []
@@ -120,6 +125,7 @@ class Reader:
     async def run(self) -> None:
         """Read for ever; waits out a log that is away, with the streams left open."""
         delay = 0.05
+        why = ""
         while True:
             try:
                 await self._log.open()
@@ -127,13 +133,15 @@ class Reader:
                 if not self.connected:
                     self.connected = True
                     self._logger.info("log_connected", window_events=len(self._window))
-                delay = 0.05
+                delay, why = 0.05, ""
                 while True:
                     await self.step()
             except LogUnavailable as error:
                 self.errors += 1
-                if self.connected or delay == 0.05:
-                    self._logger.warning("log_unavailable", error=str(error), streams=len(self._hub), ready=self.loaded)
+                # Once for each reason, not once a second.
+                if str(error) != why:
+                    why = str(error)
+                    self._logger.warning("log_unavailable", error=why, streams=len(self._hub), ready=self.loaded)
                 self.connected = False
                 self.progress_at = self._clock()
                 self._answer(error)
@@ -208,6 +216,8 @@ class Reader:
         if not entries:
             return
         self._read_at = self._clock()
+        if self._mark is not None and entries[-1].position >= self._mark[0]:  # type: ignore[operator]
+            self._pass_mark(entries, *self._mark)
         self._read.cursor = entries[-1].position  # type: ignore[assignment]
         self._read.ordinal += len(entries)
         self._adapt(entries)
@@ -218,14 +228,31 @@ class Reader:
         await finish(self._hub.flush(entries))
         self._moved.set()
 
+    def _pass_mark(self, entries: list[Entry], end: Position, added: int) -> None:
+        """
+        Compare the counts where a check saw the log's end.
+
+        A reader under load never stands at the end, and what is cut in front of
+        it between two checks would stay unnoticed until it does.
+        """
+        self._mark = None
+        read = self._read.ordinal + sum(1 for entry in entries if cast(Position, entry.position) <= end)
+        if read != added:
+            self._missed = "trimmed" if read < added else "log_replaced"
+            self._check_at = 0.0
+
     async def _check(self) -> None:
-        await self._log.trim()
-        state = await self._log.state(self._read.cursor)
-        reason = loss(self._read, state) if self.loaded else "start"
-        if reason is not None:
-            await self._load(state, reason)
-        elif state.first is not None:
-            self._window.trim_before(state.first)
+        while True:
+            await self._log.trim()
+            state = await self._log.state(self._read.cursor)
+            reason = (loss(self._read, state) or self._missed) if self.loaded else "start"
+            if reason is None or await self._load(state, reason):
+                break
+        if reason is None:
+            if state.first is not None:
+                self._window.trim_before(state.first)
+            if self._mark is None and state.last > self._read.cursor:
+                self._mark = (state.last, state.added)
         self._clock_ms = (state.now_ms, self._clock())
         if made_ms(state.last) > state.now_ms + _AHEAD_MS:
             self._logger.error(
@@ -236,8 +263,14 @@ class Reader:
         self._check_at = self._clock() + self._check_seconds * self._random.uniform(0.8, 1.0)
         self._answer(None)
 
-    async def _load(self, state: LogState, reason: str) -> None:
-        """Fill the window anew; tell the streams where they had one before."""
+    async def _load(self, state: LogState, reason: str) -> bool:
+        """
+        Fill the window anew; tell the streams where they had one before.
+
+        Returns:
+            Whether all is there that *state* told of. Where the log was trimmed
+            past the load, the window would have a hole: load again.
+        """
         epoch = state.epoch
         if self.loaded and (reason != "trimmed" or epoch is None):
             # Positions of before belong to another history. Being trimmed past
@@ -247,23 +280,36 @@ class Reader:
         elif epoch is None:
             epoch = await self._log.renew_epoch(None)
         cursor = ORIGIN if state.first is not None else state.last
-        loaded: list[Entry] = []
+        loaded: deque[Entry] = deque()
+        oldest: Entry | None = None  # the newest that is not kept
+        size = count = newer = 0
         while cursor < state.last:
             entries = await self._log.read(epoch, cursor, self._count, 0)
             if not entries:
                 cursor = state.last  # the newest ones were deleted
                 break
+            if not count and entries[0].position != state.first:
+                return False
             self._adapt(entries)
             loaded += entries
             cursor = entries[-1].position  # type: ignore[assignment]
-        ordinal = state.added + sum(1 for entry in loaded if cast(Position, entry.position) > state.last)
+            count += len(entries)
+            newer += sum(1 for entry in entries if cast(Position, entry.position) > state.last)
+            size += sum(entry.size for entry in entries)
+            # The log may be larger than this process's memory.
+            while size > self._window.max_bytes and len(loaded) > 1:
+                oldest = loaded.popleft()
+                size -= oldest.size
+        if count - newer != state.length:
+            return False
         self._note(loaded)
         # Every trim leaves one entry past the history: the trim boundary. A
         # client that stands there has missed nothing.
+        if oldest is None and state.added > state.length and loaded:
+            oldest = loaded.popleft()
         if state.first is None:
             boundary, boundary_id = state.last, write_id(epoch, state.last)
-        elif state.added > state.length and loaded:
-            oldest = loaded.pop(0)
+        elif oldest is not None:
             boundary, boundary_id = oldest.position, oldest.id  # type: ignore[assignment]
         else:
             boundary, boundary_id = ORIGIN, write_id(epoch, ORIGIN)
@@ -271,7 +317,8 @@ class Reader:
         self._window.reset(epoch, boundary, boundary_id)
         for entry in loaded:
             self._window.append(entry)
-        self._read = Checked(epoch, cursor, ordinal)
+        self._read = Checked(epoch, cursor, state.added + newer)
+        self._mark = self._missed = None
         if self.loaded:
             self.gaps += 1
             self._logger.error("log_gap", reason=reason, epoch=epoch, streams=len(self._hub), window_events=len(loaded))
@@ -281,6 +328,7 @@ class Reader:
             self.loaded = True
             self._logger.info("window_loaded", epoch=epoch, window_events=len(loaded))
         self._moved.set()
+        return True
 
     def _adapt(self, entries: list[Entry]) -> None:
         """Keep a reply near its size: large events are read few at a time."""
@@ -290,7 +338,7 @@ class Reader:
         elif len(entries) == self._count and size < _REPLY_BYTES // 4:
             self._count = min(_MAX_COUNT, self._count * 2)
 
-    def _note(self, entries: list[Entry]) -> None:
+    def _note(self, entries: Iterable[Entry]) -> None:
         for entry in entries:
             if not entry.topics:
                 self.broken += 1
