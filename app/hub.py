@@ -122,7 +122,10 @@ class Hub:
     def end(self, stream: Stream, reason: str, farewell: bytes = b"") -> None:
         """End *stream* cleanly for *reason*; *farewell* is the last that it reads."""
         if self._forget(stream, reason):
-            stream.sink.close(Piece(farewell) if farewell else None)
+            if stream.head:
+                # Nothing has gone out yet; an answer without a head would be an error.
+                farewell = stream.pending + farewell
+            stream.sink.close(_first(stream, farewell) if farewell else None)
             self._told(stream)
 
     def cut(self, stream: Stream, reason: str) -> None:
@@ -305,9 +308,10 @@ class Hub:
     def _serve(self, stream: Stream) -> None:
         """Give one piece to a stream that is behind; it becomes live when it has all."""
         if stream.cursor < self.window.first:
-            # What it is owed next is no longer kept: it was too slow.
-            self.cut(stream, "slow_consumer")
-            return
+            # What it is owed next is no longer kept. It takes what it is given, so
+            # it is told, and goes on: only a client that takes nothing is slow.
+            stream.pending += self.reset_block("history_lost")
+            stream.cursor = self.window.end
         data, cursor, events, last = self.window.pull(stream.topics, stream.cursor, PIECE_BYTES, stream.allowed)
         caught_up = cursor == self.window.end
         if stream.pending:
