@@ -29,12 +29,16 @@ LOST = {
 }
 
 
+# What a client asks for that wants all that is kept.
+EARLIEST = "earliest"
+
+
 @dataclass(frozen=True, slots=True)
 class Place:
     """Where a stream begins. The cursor holds as long as the window was not reset."""
 
     asked: str = ""
-    cursor: int | None = None  # None: at the window's end, whatever that is by then
+    cursor: int | None = None  # None: at the window's end or begin, wherever that is by then
     resets: int = 0
     lost: str = ""  # why the position that was asked for is none; a key of LOST
 
@@ -109,7 +113,7 @@ class Opening:
         kit, stream, place = self._kit, self._stream, self._place
         hub, window = kit.hub, kit.window
         lost = place.lost
-        stream.cursor = window.end
+        stream.cursor = window.first if place.asked == EARLIEST else window.end
         if place.cursor is not None:
             # Some turns of the event loop have passed since it was found.
             if place.resets != window.resets:

@@ -22,7 +22,7 @@ from app.event import (
 )
 from app.kit import Kit
 from app.log import Batch, IdempotencyConflict, LogUnavailable
-from app.opening import Opening, Place
+from app.opening import EARLIEST, Opening, Place
 from app.problem import Problem
 from app.stream import Stream
 
@@ -277,8 +277,8 @@ async def _place(kit: Kit) -> Place:
         return Place()
     kit.tally.resumed += 1
     shown = asked[:200]
-    if asked == "earliest":
-        return Place(shown, kit.window.first, kit.window.resets)
+    if asked == EARLIEST:
+        return Place(shown)
     if not _POSITION.fullmatch(asked):
         # In a header this is never refused by status: a native EventSource
         # that comes from another server would give up for ever.
