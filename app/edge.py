@@ -73,8 +73,17 @@ class Edge:
                     return
             await send(message)
 
+        async def receive_on() -> MutableMapping[str, Any]:
+            # Nobody reads a body here, and Quart would keep all that comes.
+            while True:
+                message = await receive()
+                if message["type"] != "http.request":
+                    return message
+                if not message.get("more_body", False):
+                    return {**message, "body": b""}
+
         try:
-            await self._app(scope, receive, send_on)
+            await self._app(scope, receive_on, send_on)
         finally:
             # They refer to the scope: a ring that only the cyclic collector would open.
             extensions.clear()

@@ -14,7 +14,9 @@ the ASGI `send` is a method of `HTTPStream`, whose `send` is a method of
 
 * the transport gets our protocol: what the client sends or closes comes to us;
 * `H11Protocol` and `TCPServer` lose their way to the socket, so that neither
-  the last chunk of the request that ends nor `_close` reaches it;
+  what the request still says nor `_close` reaches it;
+* `H11Protocol` loses its parser: bytes after the request would have it wait,
+  for ever, until they may be looked at;
 * the `StreamWriter` loses its transport, which its `__del__` would close;
 * the reader forgets what a client sent after its request, and gets EOF, which
   ends the connection's task in the ordinary way.
@@ -37,7 +39,9 @@ from contextlib import suppress
 from importlib.metadata import version
 from typing import Any
 
+import h11
 from hypercorn.asyncio.tcp_server import TCPServer
+from hypercorn.asyncio.worker_context import EventWrapper
 from hypercorn.protocol.h2 import H2Protocol, StreamBuffer
 from hypercorn.protocol.h11 import H11Protocol
 from hypercorn.protocol.http_stream import ASGIHTTPState, HTTPStream
@@ -66,6 +70,22 @@ class _Closed:
 
 
 _CLOSED = _Closed()
+
+
+class _Deaf:
+    """Stands where `H11Protocol` had its parser: nothing came, and nothing will."""
+
+    they_are_waiting_for_100_continue = False
+    our_state = their_state = h11.MUST_CLOSE
+
+    def receive_data(self, data: bytes) -> None:
+        pass
+
+    def next_event(self) -> Any:
+        return h11.NEED_DATA
+
+
+_DEAF: Any = _Deaf()
 
 
 class Connection(asyncio.Protocol):
@@ -310,7 +330,8 @@ def self_check() -> str | None:
     sets: tuple[tuple[Any, tuple[str, ...]], ...] = (
         (TCPServer, ("reader", "writer")),
         (HTTPStream, ("send", "state")),
-        (H11Protocol, ("send",)),
+        (H11Protocol, ("send", "connection", "can_read")),
+        (EventWrapper, ("_event",)),
         (asyncio.StreamWriter, ("_transport",)),
         (asyncio.StreamReader, ("_transport", "_buffer", "_eof", "_paused")),
     )
@@ -361,6 +382,8 @@ def take_over(scope: Any, send: Any, stream: Stream, hub: Hub, send_buffer: int)
     connection = Connection(transport, sock.fileno(), stream, hub)
     transport.set_protocol(connection)
     protocol.send = nowhere
+    protocol.connection = _DEAF
+    protocol.can_read._event.set()  # type: ignore[attr-defined]
     server.protocol_send = nowhere  # type: ignore[method-assign]
     server._close = _nothing  # type: ignore[method-assign]
     http.state = ASGIHTTPState.CLOSED

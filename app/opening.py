@@ -46,7 +46,7 @@ class Place:
 class Opening:
     """One stream between the decision that it may be and its first byte."""
 
-    __slots__ = ("_kit", "_place", "_scope", "_send", "_stream", "_taken")
+    __slots__ = ("_done", "_kit", "_place", "_scope", "_send", "_stream")
 
     def __init__(self, kit: Kit, stream: Stream, place: Place, scope: Any) -> None:
         self._kit = kit
@@ -54,7 +54,7 @@ class Opening:
         self._place = place
         self._scope = scope
         self._send = scope["extensions"]["sse.send"]
-        self._taken = False
+        self._done = False
 
     def take(self, status: int, headers: Iterable[tuple[bytes, bytes]]) -> bool:
         """
@@ -67,11 +67,11 @@ class Opening:
         if status != 200 or kit.settings.handoff != "auto":
             return False
         taken = take_over(self._scope, self._send, stream, kit.hub, kit.settings.send_buffer_bytes)
-        if taken is False:
+        self._done = taken is not False
+        if not taken:
+            # Where the client is gone the server must hear an answer, though an
+            # empty one: else the request would never end.
             return False
-        self._taken = True
-        if taken is None:  # the client is gone: nobody to open a stream for
-            return True
         stream.head = b"HTTP/1.1 200 OK\r\n%bDate: %b\r\nTransfer-Encoding: chunked\r\n\r\n" % (
             b"".join([b"%b: %b\r\n" % header for header in headers]),
             format_date_time(time.time()).encode(),
@@ -81,8 +81,8 @@ class Opening:
         return True
 
     async def body(self) -> AsyncGenerator[bytes]:
-        """Yield the stream's bytes, unless its connection was taken over."""
-        if self._taken:
+        """Yield the stream's bytes, unless its connection was taken over or its client is gone."""
+        if self._done:
             return
         kit = self._kit
         pulled = Pulled(self._stream, kit.hub, self._send, kit.settings.send_buffer_bytes)
