@@ -31,7 +31,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -179,7 +179,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _PR_SET_PDEATHSIG = 1
 
 
-def _in_child(parent: int, death_signal: int) -> None:
+def _in_child(parent: int, death_signal: int, pid_path: Path | None) -> None:
     # 10,000 streams are 20,000 descriptors in nginx; the usual limit is 1,024.
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(OSError, ValueError):
@@ -188,6 +188,11 @@ def _in_child(parent: int, death_signal: int) -> None:
         _libc.prctl(_PR_SET_PDEATHSIG, death_signal, 0, 0, 0)
         if os.getppid() != parent:  # it died before the line above
             os._exit(1)
+    if pid_path:
+        # By the child itself, before it becomes the program: whoever kills
+        # `make up`, at whatever moment, leaves no process that `make down`
+        # does not know. The lock of `up` is held until then, too.
+        pid_path.write_text(f"{os.getpid()} {identity(os.getpid())}")
 
 
 class Part:
@@ -243,6 +248,7 @@ class Part:
 
     def _spawn(self) -> subprocess.Popen[bytes]:
         death_signal = 0 if self.detached else self.death_signal
+        pid_path = self.directory / f"{self.name}.pid" if self.detached else None
         with self.log_path.open("ab") as log, self._open_stdout() as stdout:
             return subprocess.Popen(
                 self.command(),
@@ -252,7 +258,7 @@ class Part:
                 cwd=self.directory,
                 env=self.environment(),
                 start_new_session=True,  # Ctrl-C in the terminal is not for it
-                preexec_fn=functools.partial(_in_child, os.getpid(), death_signal),  # noqa: PLW1509 (no locks in it)
+                preexec_fn=functools.partial(_in_child, os.getpid(), death_signal, pid_path),  # noqa: PLW1509 (no locks in it)
             )
 
     def wait_ready(self, timeout: float = READY_SECONDS) -> None:
@@ -525,7 +531,6 @@ class Stack:
         nginx_binary: another nginx than the one on PATH.
         nginx_directives: values to replace in nginx.conf, by directive.
         detached: the processes outlive this one (`make up`).
-        on_start: called after each start of a process.
 
     All parts are made, with their ports, before any is started, so a test may
     start some of them by hand. As a context manager it starts all and waits.
@@ -543,12 +548,10 @@ class Stack:
         nginx_binary: str | None = None,
         nginx_directives: Mapping[str, str] | None = None,
         detached: bool = False,
-        on_start: Callable[["Stack"], None] | None = None,
     ) -> None:
         self._temporary = directory is None
         self.directory = Path(directory or tempfile.mkdtemp(prefix="sse-stack-")).resolve()
         self.directory.mkdir(parents=True, exist_ok=True)
-        self.on_start = on_start
         self.redis = Redis(self.directory, detached=detached) if redis else None
         base = {"SSE_REDIS_URL": self.redis.url} if self.redis else {}
         self.apps = [
@@ -589,8 +592,6 @@ class Stack:
             for group in groups:
                 for part in group:
                     part.start()
-                    if self.on_start:
-                        self.on_start(self)
                 for part in group:
                     part.wait_ready(timeout)
             if self.nginx and (status := _status(f"127.0.0.1:{self.nginx.port}", "/readyz")) != 200:
@@ -650,23 +651,26 @@ def _locked(directory: Path) -> Iterator[None]:
 
 
 def _read_state(directory: Path) -> dict[str, Any] | None:
-    with contextlib.suppress(OSError, ValueError):
+    try:
         state: dict[str, Any] = json.loads((directory / "state.json").read_text())
-        return state
-    return None
+    except (OSError, ValueError):
+        return None
+    for part in state["parts"]:
+        with contextlib.suppress(OSError, ValueError):
+            pid, part["identity"] = (directory / f"{part['name']}.pid").read_text().split(maxsplit=1)
+            part["pid"] = int(pid)
+    return state
 
 
 def _write_state(stack: Stack, stop_seconds: float) -> None:
+    # Before anything is started; each process adds its own number, in NAME.pid.
     parts = [
-        {"name": p.name, "pid": p.pid, "identity": identity(p.pid), "port": p.port, "log": str(p.log_path)}
-        for p in stack.parts
-        if p.process is not None
+        {"name": part.name, "port": part.port, "log": str(part.log_path), "pid": 0, "identity": None}
+        for part in stack.parts
     ]
-    # `names` are all that there will be: whoever kills `up` half-way leaves fewer parts.
-    state = {"version": 1, "stop_seconds": stop_seconds, "names": [p.name for p in stack.parts], "parts": parts}
-    temporary = stack.directory / "state.json.new"
-    temporary.write_text(json.dumps(state, indent=1))
-    temporary.replace(stack.directory / "state.json")
+    (stack.directory / "state.json").write_text(
+        json.dumps({"version": 1, "stop_seconds": stop_seconds, "parts": parts}, indent=1)
+    )
 
 
 def _runs(part: Mapping[str, Any]) -> bool:
@@ -686,7 +690,7 @@ def up(port: int, apps: int, env: Mapping[str, str]) -> str:
     with _locked(directory):
         if state := _read_state(directory):
             running = [part["name"] for part in state["parts"] if _runs(part)]
-            missing = [name for name in state["names"] if name not in running]
+            missing = [part["name"] for part in state["parts"] if part["name"] not in running]
             if running and not missing:
                 return f"It runs already, with {_processes(len(running) - 2)}: {_address(port)}"
             if running:
@@ -697,10 +701,9 @@ def up(port: int, apps: int, env: Mapping[str, str]) -> str:
             _remove(directory)  # a restarted machine leaves this
         try:
             check_port_free(port)
-            stack = Stack(
-                apps=apps, env=env, port=port, directory=directory, detached=True,
-                on_start=lambda stack: _write_state(stack, stop_seconds),
-            ).start()  # fmt: skip
+            stack = Stack(apps=apps, env=env, port=port, directory=directory, detached=True)
+            _write_state(stack, stop_seconds)
+            stack.start()
         except BaseException:
             _remove(directory)
             directory.rmdir()
@@ -796,7 +799,7 @@ def _orphans(groups: set[int], directory: Path) -> list[int]:
     for entry in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             group = int((entry / "stat").read_text().rpartition(")")[2].split()[2])
-            if group in groups and Path(os.readlink(entry / "cwd")).is_relative_to(directory):
+            if group and group in groups and Path(os.readlink(entry / "cwd")).is_relative_to(directory):
                 found.append(int(entry.name))
     return found
 
@@ -810,8 +813,7 @@ def status(port: int) -> tuple[str, bool]:
     state = _read_state(RUN / str(port))
     if state is None:
         return f"Nothing of this clone runs on port {port}. Start it: make up{_port_argument(port)}.{beside}", True
-    well = len(state["parts"]) == len(state["names"])
-    lines = [f"{'PART':<8} {'PID':>7} {'PORT':>6}  STATE"]
+    lines, well = [f"{'PART':<8} {'PID':>7} {'PORT':>6}  STATE"], True
     for part in state["parts"]:
         word = "ended" if not _runs(part) else "ready" if _answers(part) else "not ready"
         well = well and word == "ready"

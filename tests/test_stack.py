@@ -64,6 +64,13 @@ def group(pid: int) -> list[int]:
     return found
 
 
+def target(link: Path) -> str:
+    try:
+        return os.readlink(link)
+    except OSError:
+        return ""
+
+
 @pytest.fixture
 def free_port() -> int:
     port, holder = reserve_port()
@@ -84,8 +91,7 @@ def run(require, monkeypatch, tmp_path: Path) -> Iterator[Path]:
 
 
 def pids(run: Path, port: int) -> dict[str, int]:
-    state = json.loads((run / str(port) / "state.json").read_text())
-    return {part["name"]: part["pid"] for part in state["parts"]}
+    return {path.stem: int(path.read_text().split()[0]) for path in (run / str(port)).glob("*.pid")}
 
 
 class TestStack:
@@ -299,21 +305,23 @@ class TestUp:
             module.up(free_port, 2, {})
 
 
-    def test_killed_half_way(self, run: Path, free_port: int):
-        """What a killed `up` left is neither running nor absent, and `down` ends it."""
-        module.up(free_port, 1, {})
-        path = run / str(free_port) / "state.json"
-        state = json.loads(path.read_text())
-        nginx = state["parts"].pop()
-        path.write_text(json.dumps(state))
-        os.kill(nginx["pid"], signal.SIGTERM)
+    @pytest.mark.parametrize("last", ["redis", "app-1", "app-2", "nginx"])
+    def test_killed_half_way(self, run: Path, free_port: int, last: str):
+        """What a killed `up` left is neither running nor absent, and `down` ends all of it."""
+        program = f"import app.stack as s, pathlib; s.RUN = pathlib.Path({str(run)!r}); s.up({free_port}, 2, {{}})"
+        with subprocess.Popen([sys.executable, "-c", program], cwd=ROOT) as shell:
+            # It is killed while the process exists, and before it is more than started.
+            until((run / str(free_port) / f"{last}.pid").exists)
+            shell.kill()
+        if last != "nginx":
+            with pytest.raises(StackError, match="nginx does not run"):
+                module.up(free_port, 2, {})
+            assert not module.status(free_port)[1]
 
-        with pytest.raises(StackError, match="nginx does not run"):
-            module.up(free_port, 1, {})
-        assert not module.status(free_port)[1]
         module.down(free_port)
 
         assert [] == list(run.iterdir())
+        assert [] == [link for link in Path("/proc").glob("[0-9]*/cwd") if str(run) in target(link)]
 
 
 class TestDown:
@@ -325,18 +333,16 @@ class TestDown:
         """A process that has the number of an ended one is left alone."""
         module.up(free_port, 1, {})
         stranger = subprocess.Popen(["sleep", "60"])
-        path = run / str(free_port) / "state.json"
-        state = json.loads(path.read_text())
-        victim = next(part for part in state["parts"] if part["name"] == "app-1")
-        original, victim["pid"] = victim["pid"], stranger.pid
-        path.write_text(json.dumps(state))
+        path = run / str(free_port) / "app-1.pid"
+        original, mark = path.read_text().split(maxsplit=1)
+        path.write_text(f"{stranger.pid} {mark}")
 
         module.down(free_port)
 
         assert stranger.poll() is None
         stranger.kill()
         stranger.wait()
-        os.kill(original, signal.SIGKILL)  # down could not know it
+        os.kill(int(original), signal.SIGKILL)  # down could not know it
 
     def test_workers_of_a_killed_nginx(self, run: Path, free_port: int):
         """What a killed part left behind ends, too."""
