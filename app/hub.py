@@ -41,6 +41,21 @@ class Pace:
         return max(0.005, min(0.25, self.heartbeat / 8, self.slow_consumer / 4, self.max_age / 16))
 
     @property
+    def renewal(self) -> float:
+        """How long a caught-up stream keeps an id; the next heartbeat brings another."""
+        return self.history / 6
+
+    @property
+    def retention(self) -> float:
+        """
+        How long the log keeps what is published.
+
+        Longer than the history: the id with which a client comes back was that
+        old already when it left.
+        """
+        return self.history + self.renewal + self.heartbeat + self.late
+
+    @property
     def late(self) -> float:
         """How late a deadline is met at most: one tick by rounding, one by waiting for it."""
         return 2 * self.tick
@@ -379,7 +394,7 @@ class Hub:
             position = self.position(stream)
             # In the middle of a flush the window may have let go of what this
             # stream is about to be given: no id can say where it stands.
-            if now - stream.event_at >= pace.history / 6 and position >= self.window.first:
+            if now - stream.event_at >= pace.renewal and position >= self.window.first:
                 stream.event_at = now
                 self.counts.positions += 1
                 self._write(stream, self._position_piece(position))

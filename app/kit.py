@@ -38,19 +38,15 @@ class Kit:
         self.draining = False
         self.tally = Tally()
         self.logger: structlog.typing.FilteringBoundLogger = structlog.get_logger()
-        self.log: Log = _log(settings)
-        self.window = Window(settings.window_max_bytes)
-        self.hub = Hub(
-            self.window,
-            Pace(
-                heartbeat=settings.heartbeat_seconds,
-                history=settings.history_seconds,
-                slow_consumer=settings.slow_consumer_seconds,
-                max_age=settings.max_age_seconds,
-            ),
-            time.monotonic,
-            Random(),
+        pace = Pace(
+            heartbeat=settings.heartbeat_seconds,
+            history=settings.history_seconds,
+            slow_consumer=settings.slow_consumer_seconds,
+            max_age=settings.max_age_seconds,
         )
+        self.log: Log = _log(settings, pace.retention)
+        self.window = Window(settings.window_max_bytes)
+        self.hub = Hub(self.window, pace, time.monotonic, Random())
         self.hub.ended = self._ended
         self.reader = Reader(
             self.log,
@@ -157,12 +153,12 @@ class Kit:
         )
 
 
-def _log(settings: Settings) -> Log:
+def _log(settings: Settings, history_seconds: float) -> Log:
     if settings.redis_url:
         return RedisLog(
             settings.redis_url,
             prefix=settings.key_prefix,
-            history_seconds=settings.history_seconds,
+            history_seconds=history_seconds,
             max_events=settings.log_max_events,
             timeout_seconds=settings.redis_timeout_seconds,
             publish_timeout_seconds=settings.publish_timeout_seconds,
@@ -171,7 +167,7 @@ def _log(settings: Settings) -> Log:
             max_event_bytes=settings.max_event_bytes,
         )
     return MemoryLog(
-        history_seconds=settings.history_seconds,
+        history_seconds=history_seconds,
         max_events=settings.log_max_events,
         idempotency_seconds=settings.idempotency_seconds,
     )

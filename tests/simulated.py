@@ -610,7 +610,7 @@ class Process:
             silent = now - max(wire.wrote_at, wire.progress_at)
             assert silent <= pace.heartbeat + slack, f"{stream.id} was silent for {silent}"
             old = now - max(wire.id_at, wire.progress_at if wire.waits else 0.0)
-            assert old <= pace.history / 6 + pace.heartbeat + slack, f"{stream.id} got no position for {old}"
+            assert old <= pace.renewal + pace.heartbeat + slack, f"{stream.id} got no position for {old}"
             age = now - stream.opened_at
             assert age <= pace.max_age + slack, f"{stream.id} is {age} old"
 
@@ -914,7 +914,7 @@ class World:
             max_age_seconds=self.pace.max_age,
             slow_consumer_seconds=self.pace.slow_consumer,
         )
-        self.server = Server(self.loop, retention_seconds or self.pace.history, max_events, self.tell)
+        self.server = Server(self.loop, retention_seconds or self.pace.retention, max_events, self.tell)
         self.window_bytes = window_bytes
         self.read_count = read_count
         self.cost = cost

@@ -14,6 +14,7 @@ import time
 from collections import Counter
 
 import hypothesis
+import pytest
 from hypothesis import HealthCheck, Phase
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
@@ -341,6 +342,65 @@ class TestService:
         run(110)
 
         assert Service.steps >= STEPS
+
+
+@pytest.fixture
+def world():
+    with fine_grained():
+        world = World()
+        yield world
+        world.check()
+        world.close()
+
+
+class TestHistory:
+    """Be back within the history and you miss nothing; later, you are told."""
+
+    @staticmethod
+    def away(world: World, *, phase: float, away: float, elsewhere: bool) -> Client:
+        """Let a client of a quiet topic leave a busy log at *phase*, and come back."""
+        process = world.start()
+        world.run(0.1)
+        quiet = world.client("quiet")
+        quiet.connect(process, turns=1, room=1_000)
+
+        def busy(seconds: float) -> None:
+            end = world.loop.now + seconds
+            while world.loop.now < end:
+                world.server.publish(("other",), 0, 1, bare=False, broken=False)
+                world.run(min(0.05, end - world.loop.now))
+
+        busy(10.0 + phase)
+        quiet.give_up()
+        busy(away)
+        if elsewhere:
+            process.kill()
+            process = world.start()
+            world.run(0.05)
+        quiet.connect(process, turns=1, room=1_000)
+        world.run(0.05)
+        return quiet
+
+    @pytest.mark.parametrize("elsewhere", [False, True])
+    @pytest.mark.parametrize("phase", [0.0, 0.3, 0.6, 0.9, 1.2, 1.5, 1.8])
+    def test_a_quiet_client_that_is_back_in_time(self, world, phase, elsewhere):
+        """
+        Its topic was silent for longer than the history, and it hears of no loss.
+        """
+        quiet = self.away(world, phase=phase, away=world.pace.history - 0.15, elsewhere=elsewhere)
+
+        assert 0 == quiet.ledger.resets
+        assert quiet.wire is not None
+
+    @pytest.mark.parametrize("elsewhere", [False, True])
+    def test_a_client_that_is_back_too_late(self, world, elsewhere):
+        """
+        It is told, and not left to believe that nothing happened.
+        """
+        quiet = self.away(world, phase=0.0, away=world.pace.retention + 2.0, elsewhere=elsewhere)
+
+        assert 1 == quiet.ledger.resets
+        assert "history_lost" in quiet.ledger.reasons[0]
 
 
 def soak(seconds: float, seed: int) -> None:
