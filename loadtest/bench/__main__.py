@@ -162,7 +162,7 @@ def main(arguments: list[str]) -> int:
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="sse-bench-", ignore_cleanup_errors=True) as folder:
         guardian.tell("=", folder)
-        results = Bench(peers, size, Path(folder)).run(rows)
+        results = Bench(peers, size, rows, Path(folder)).run()
     report = Report(results, size, peers, versions, absent, machine, client, rows, time.monotonic() - began)
 
     root = Path(__file__).parents[2]

@@ -741,9 +741,10 @@ static void probe_read(void)
         probe.busy = 0;
         return;
     }
-    /* A body in a packet of its own is not an answer. */
-    if (!probe.busy || n < 12 || strncmp(text, "HTTP/1.1 ", 9)) return;
-    if (strncmp(text + 9, "200", 3) && strncmp(text + 9, "204", 3)) probe.bad++;
+    /* The last answer's body may come in a packet of its own, before this head. */
+    char *head = memmem(text, (size_t)n, "HTTP/1.1 ", 9);
+    if (!probe.busy || !head || head + 12 > text + n) return;
+    if (strncmp(head + 9, "200", 3) && strncmp(head + 9, "204", 3)) probe.bad++;
     record(&probe.times, (now() - probe.sent) / 1000);
     probe.busy = 0;
 }

@@ -220,18 +220,13 @@ class Server(Watched):
 
     def end(self) -> None:
         """
-        End the program: SIGTERM to the group, SIGKILL after two seconds.
+        End the program at once: nothing in it is worth a drain.
         """
-        for number, seconds in ((signal.SIGTERM, 2.0), (signal.SIGKILL, 5.0)):
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.pid, number)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(seconds)
-                break
-        # Workers may be a moment behind their master.
         for group in self._groups:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(group, signal.SIGKILL)
+        self._process.wait()
+        for group in self._groups:
             guardian.tell("-", group)
 
 

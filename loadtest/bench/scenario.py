@@ -84,11 +84,12 @@ QUICK = Size(
     name="quick",
     rounds=3,
     single_streams=400,
-    single_events=10,
+    single_events=8,
     single_rate=10.0,
-    burst_streams=200,
-    burst_seconds=1.0,
-    hold_seconds=1.0,
+    # A fifth of these would measure the publisher's round trips.
+    burst_streams=1000,
+    burst_seconds=0.7,
+    hold_seconds=0.7,
     connect_streams=1000,
     connect_rounds=3,
     idle_seconds=1.0,
@@ -216,21 +217,22 @@ class Session:
 
 class Bench:
     """
-    One run: the peers that are here, the size, the results.
+    One run: the peers that are here, the size, the rows that are wanted, the results.
     """
 
-    def __init__(self, peers: Sequence[Peer], size: Size, folder: Path) -> None:
+    def __init__(self, peers: Sequence[Peer], size: Size, rows: set[str], folder: Path) -> None:
         self.peers = list(peers)
         self.size = size
         self.folder = folder
+        self.rows = rows
         self.results = Results()
 
-    def run(self, rows: set[str]) -> Results:
+    def run(self) -> Results:
         """
-        Run the scenarios that make *rows*.
+        Run the scenarios that make the wanted rows.
         """
         for scenario, made in SCENARIOS:
-            if made & rows:
+            if made & self.rows:
                 scenario(self)
         return self.results
 
@@ -350,37 +352,58 @@ def fan_out(bench: Bench) -> None:
     """
     Single events, bursts, latency, and the longest hold, all peers up at once.
     """
-    size, results = bench.size, bench.results
-    progress(f"fan-out: starting {len(bench.peers)} servers, {size.burst_streams} streams each")
+    size = bench.size
+    progress(f"fan-out: starting {len(bench.peers)} servers")
     with bench.sessions(bench.peers) as sessions:
-        bench.open_all(sessions, size.burst_streams, size.burst_streams)
-        for number, session in rotations(sessions, size.rounds):
-            sample = guarded(bench, session, lambda s=session: measure_burst(s, size.burst_seconds))
-            if sample is None:
-                continue
-            sample.round = number
-            results.add("burst", session.peer.name, sample)
-            cost = Sample(sample.extra["cpu_us"], number, sample.void, sample.faults)
-            results.add("burst_cpu", session.peer.name, cost)
-            progress(
-                f"burst {number + 1}/{size.rounds} {session.peer.name}: {sample.value:,.0f} deliveries/s"
-                f"{_doubt(sample)}"
-            )
-        bench.open_all(sessions, size.single_streams - size.burst_streams, size.single_streams)
-        for number, session in rotations(sessions, size.rounds):
-            measured = guarded(
-                bench, session, lambda s=session: measure_single(s, size.single_events, size.single_rate)
-            )
-            if measured is None:
-                continue
-            sample, report = measured
-            sample.round = number
-            name = session.peer.name
-            results.add("single", name, sample)
-            for percent in (50, 99):
-                late = report.latency.percentile(percent) / 1000
-                results.add(f"latency_p{percent}", name, Sample(late, number, sample.void, sample.faults))
-            progress(f"single {number + 1}/{size.rounds} {name}: {sample.value:.2f} µs a delivery{_doubt(sample)}")
+        # The lesser number of streams first: they stay open for the other.
+        steps = [(size.burst_streams, fan_out_bursts), (size.single_streams, fan_out_singles)]
+        opened = 0
+        if not bench.rows & {"single", "latency", "hold"}:
+            del steps[1]
+        if "burst" not in bench.rows:
+            del steps[0]
+        for count, measure in sorted(steps, key=lambda step: step[0]):
+            bench.open_all(sessions, count - opened, count)
+            opened = count
+            measure(bench, sessions)
+
+
+def fan_out_bursts(bench: Bench, sessions: list[Session]) -> None:
+    """
+    Bursts, as fast as each server takes them.
+    """
+    size, results = bench.size, bench.results
+    for number, session in rotations(sessions, size.rounds):
+        sample = guarded(bench, session, lambda s=session: measure_burst(s, size.burst_seconds))
+        if sample is None:
+            continue
+        sample.round = number
+        results.add("burst", session.peer.name, sample)
+        cost = Sample(sample.extra["cpu_us"], number, sample.void, sample.faults)
+        results.add("burst_cpu", session.peer.name, cost)
+        progress(
+            f"burst {number + 1}/{size.rounds} {session.peer.name}: {sample.value:,.0f} deliveries/s{_doubt(sample)}"
+        )
+
+
+def fan_out_singles(bench: Bench, sessions: list[Session]) -> None:
+    """
+    Single events at one rate for all: CPU, latency, the longest hold.
+    """
+    size, results = bench.size, bench.results
+    for number, session in rotations(sessions, size.rounds):
+        measured = guarded(bench, session, lambda s=session: measure_single(s, size.single_events, size.single_rate))
+        if measured is None:
+            continue
+        sample, report = measured
+        sample.round = number
+        name = session.peer.name
+        results.add("single", name, sample)
+        for percent in (50, 99):
+            late = report.latency.percentile(percent) / 1000
+            results.add(f"latency_p{percent}", name, Sample(late, number, sample.void, sample.faults))
+        progress(f"single {number + 1}/{size.rounds} {name}: {sample.value:.2f} µs a delivery{_doubt(sample)}")
+    if "hold" in bench.rows:
         for session in sessions:
             measure_hold(bench, session)
 
@@ -565,16 +588,16 @@ def _reconnect(bench: Bench, session: Session, number: int) -> None:
     progress(f"reconnect {session.peer.name}: {sample.value:.0f} µs a stream{_doubt(sample)}")
 
 
-def settle(running: Running, *, quiet: float = 0.1, limit: float = 10.0) -> None:
+def settle(running: Running, *, quiet: float = 0.25, limit: float = 10.0) -> None:
     """
-    Wait until the server has nothing left to do: under 10 % of a core for 0.2 s.
+    Wait until the server has nothing left to do but heartbeats: under a quarter of a core.
     """
     deadline = time.monotonic() + limit
     calm = 0
-    while calm < 2 and time.monotonic() < deadline:
+    while calm < 3 and time.monotonic() < deadline:
         before = running.cpu()
-        time.sleep(0.1)
-        calm = calm + 1 if running.cpu() - before < quiet * 0.1 else 0
+        time.sleep(0.04)
+        calm = calm + 1 if running.cpu() - before < quiet * 0.04 else 0
 
 
 def growth(bench: Bench) -> None:
