@@ -175,24 +175,29 @@ class Hub:
         until = clock() + self.pace.slice
         count = 0
         self.counts.flushes += 1
-        for piece, events, streams in self._plan(entries):
-            now = clock()
-            size = piece.size
-            for stream in streams:
-                if stream.state is LIVE and stream.cursor < end:
-                    stream.cursor = end
-                    stream.events += events
-                    stream.bytes += size
-                    stream.event_at = now
-                    if not stream.sink.write(piece):
-                        self._hold(stream)
-                    self.counts.deliveries += events
-                    self.counts.bytes += size
-                    count += 1
-                    if count % _STRIDE == 0 and clock() > until:
-                        yield
-                        now = clock()
-                        until = now + self.pace.slice
+        for part in self._plan(entries):
+            if part is not None:
+                piece, events, streams = part
+                now = clock()
+                size = piece.size
+                for stream in streams:
+                    if stream.state is LIVE and stream.cursor < end:
+                        stream.cursor = end
+                        stream.events += events
+                        stream.bytes += size
+                        stream.event_at = now
+                        if not stream.sink.write(piece):
+                            self._hold(stream)
+                        self.counts.deliveries += events
+                        self.counts.bytes += size
+                        count += 1
+                        if count % _STRIDE == 0 and clock() > until:
+                            yield
+                            now = clock()
+                            until = now + self.pace.slice
+            if clock() > until:
+                yield
+                until = clock() + self.pace.slice
         self.settled = end
 
     def pump(self) -> bool:
@@ -279,31 +284,47 @@ class Hub:
 
     # --- inside --------------------------------------------------------------
 
-    def _plan(self, entries: Sequence[Entry]) -> Iterator[tuple[Piece, int, Sequence[Stream]]]:
-        """Group *entries* so that streams owed the same share one piece."""
-        runs: list[tuple[tuple[str, ...], list[Entry]]] = []
-        for entry in entries:
-            if runs and runs[-1][0] == entry.topics:
-                runs[-1][1].append(entry)
-            elif entry.topics:
-                runs.append((entry.topics, [entry]))
-        if len(runs) == 1:
-            topics, members = runs[0]
+    def _plan(self, entries: Sequence[Entry]) -> Iterator[tuple[Piece, int, Sequence[Stream]] | None]:
+        """
+        Group *entries* so that streams owed the same share one piece.
+
+        Yields None between steps, too, where the caller may pause.
+        """
+        kinds: dict[tuple[str, ...], list[int]] = {}
+        for number, entry in enumerate(entries):
+            if entry.topics:
+                kinds.setdefault(entry.topics, []).append(number)
+        if len(kinds) == 1:
+            [(topics, numbers)] = kinds.items()
             if streams := self._wanted(topics):
-                yield _piece(members), len(members), streams
+                yield _piece([entries[number] for number in numbers]), len(numbers), streams
             return
-        owed: dict[Stream, tuple[int, ...]] = {}
-        for number, (topics, _) in enumerate(runs):
-            alone = (number,)
+        # What a stream is owed grows kind by kind. Equal growth leads to the same
+        # node, so that the cost is one step per stream and kind, however many
+        # entries of how many topics a batch mixes.
+        nodes: list[tuple[int, list[int]]] = [(0, [])]
+        owed: dict[Stream, int] = {}
+        for topics, numbers in kinds.items():
+            grown: dict[int, int] = {}
             for stream in self._wanted(topics):
-                before = owed.get(stream)
-                owed[stream] = alone if before is None else before + alone
-        shared: dict[tuple[int, ...], list[Stream]] = {}
-        for stream, numbers in owed.items():
-            shared.setdefault(numbers, []).append(stream)
-        for numbers, streams in shared.items():
-            members = [entry for number in numbers for entry in runs[number][1]]
-            yield _piece(members), len(members), streams
+                before = owed.get(stream, 0)
+                node = grown.get(before)
+                if node is None:
+                    node = grown[before] = len(nodes)
+                    nodes.append((before, numbers))
+                owed[stream] = node
+            yield None
+        shared: dict[int, list[Stream]] = {}
+        for stream, node in owed.items():
+            shared.setdefault(node, []).append(stream)
+        for leaf, streams in shared.items():
+            members: list[int] = []
+            node = leaf
+            while node:
+                node, numbers = nodes[node]
+                members += numbers
+            members.sort()
+            yield _piece([entries[number] for number in members]), len(members), streams
 
     def _wanted(self, topics: tuple[str, ...]) -> Sequence[Stream]:
         """Return the streams of *topics*, each once, as a list that may be iterated slowly."""
