@@ -12,12 +12,20 @@ import argparse
 import sys
 import time
 from collections import Counter
+from typing import ClassVar
 
 import hypothesis
 import pytest
 from hypothesis import HealthCheck, Phase
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from app.hub import Pace
 from tests.simulated import Client, Process, World, fine_grained
@@ -59,7 +67,7 @@ class Service(RuleBasedStateMachine):
     """Two processes on one log, ten clients, and all that can befall them."""
 
     steps = 0
-    happened: Counter[str] = Counter()
+    happened: ClassVar[Counter[str]] = Counter()
 
     def __init__(self) -> None:
         super().__init__()
