@@ -11,15 +11,17 @@ copy of the tree; the tree itself is never touched.
 """
 
 import argparse
+import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
 import tomllib
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 
 _HERE = Path(__file__).parent
 _ROOT = _HERE.parent.parent
@@ -60,23 +62,28 @@ def fault(mutation: Mutation, root: Path = _ROOT) -> str | None:
     return None
 
 
-def caught(mutation: Mutation) -> tuple[bool, str]:
-    """Run the test against the broken copy; return whether it failed, and its last lines."""
+def caught(mutation: Mutation, whole: bool = False) -> tuple[bool, str]:
+    """
+    Run the test against the broken copy; return whether it failed, and its last lines.
+
+    *whole* leaves the copy as it is: a test that fails there proves nothing.
+    """
     with tempfile.TemporaryDirectory(prefix="mutation-") as folder:
         copy = Path(folder) / "tree"
         shutil.copytree(
             _ROOT,
             copy,
             ignore=shutil.ignore_patterns(
-                ".git", ".venv", ".run", ".hypothesis", "__pycache__", ".*_cache", "results"
+                ".git", ".venv", ".python", ".run", ".hypothesis", "__pycache__", ".*_cache", "results"
             ),
         )
-        target = copy / mutation.file
-        target.write_text(target.read_text().replace(mutation.old, mutation.new))
+        if not whole:
+            target = copy / mutation.file
+            target.write_text(target.read_text().replace(mutation.old, mutation.new))
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
         try:
             run = subprocess.run(
-                [*command, *mutation.test.split()],
+                [*command, *shlex.split(mutation.test)],
                 cwd=copy,
                 capture_output=True,
                 text=True,
@@ -87,6 +94,27 @@ def caught(mutation: Mutation) -> tuple[bool, str]:
             return True, f"no end in {_LIMIT_SECONDS} s"
         # 1: tests failed. Anything else (no tests, wrong name) proves nothing.
         return run.returncode == 1, "\n".join(run.stdout.splitlines()[-15:])
+
+
+def judged(mutation: Mutation) -> tuple[Mutation, bool, str]:
+    """Return whether *mutation* is caught by a test that passes without it."""
+    why = fault(mutation)
+    if why is not None:
+        return mutation, False, why
+    with _sound_lock:
+        sound = _sound.setdefault(mutation.test, Future())
+        first = not sound.running() and not sound.done() and sound.set_running_or_notify_cancel()
+    if first:
+        sound.set_result(caught(mutation, whole=True))
+    red, output = sound.result()
+    if red:
+        return mutation, False, f"its test fails without it:\n{output}"
+    return mutation, *caught(mutation)
+
+
+# Each test runs once on the whole tree, however many mutations name it.
+_sound: dict[str, Future[tuple[bool, str]]] = {}
+_sound_lock = Lock()
 
 
 def main() -> int:
@@ -106,12 +134,8 @@ def main() -> int:
     survived = 0
     began = time.monotonic()
 
-    def judge(mutation: Mutation) -> tuple[Mutation, bool, str]:
-        why = fault(mutation)
-        return (mutation, False, why) if why else (mutation, *caught(mutation))
-
     with ThreadPoolExecutor(options.jobs) as pool:
-        for number, (mutation, red, output) in enumerate(pool.map(judge, chosen), 1):
+        for number, (mutation, red, output) in enumerate(pool.map(judged, chosen), 1):
             survived += not red
             print(
                 f"{number:3}/{len(chosen)} {'caught  ' if red else 'SURVIVED'} {mutation.area}/{mutation.name}",
