@@ -46,6 +46,7 @@ class Edge:
         request_id = given.decode() if _REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
         structlog.contextvars.clear_contextvars()
         structlog.contextvars.bind_contextvars(request_id=request_id)
+        scope.setdefault("extensions", {})["sse.request_id"] = request_id
         # Werkzeug ignores repeated slashes in front: so must the door.
         if scope["path"].lstrip("/") == "events" and scope["method"] == "GET":
             problem = self._kit.refusal()

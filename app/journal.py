@@ -8,9 +8,11 @@ and one when it ends; never one per event.
 import hashlib
 import hmac
 import logging
+import re
 import secrets
 import sys
 from typing import Any
+from urllib.parse import unquote
 
 import orjson
 import structlog
@@ -35,7 +37,10 @@ def configure(settings: Settings) -> None:
         structlog.configure(
             processors=[
                 *shared,
-                structlog.processors.dict_tracebacks,
+                # Without the variables of each frame: passwords are among them.
+                structlog.processors.ExceptionRenderer(
+                    structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
+                ),
                 structlog.processors.JSONRenderer(serializer=_json),
             ],
             wrapper_class=structlog.make_filtering_bound_logger(level),
@@ -44,7 +49,12 @@ def configure(settings: Settings) -> None:
         )
     else:
         structlog.configure(
-            processors=[*shared, structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())],
+            processors=[
+                *shared,
+                structlog.dev.ConsoleRenderer(
+                    colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback
+                ),
+            ],
             wrapper_class=structlog.make_filtering_bound_logger(level),
             logger_factory=structlog.PrintLoggerFactory(sys.stderr),
             cache_logger_on_first_use=True,
@@ -69,8 +79,11 @@ class _HashUsers:
     """
     Replace user ids by a hash, the same for one user as long as the process lives.
 
-    Keyed, because a plain hash of a short id is guessed in no time.
+    Keyed, because a plain hash of a short id is guessed in no time. Also where a
+    client or a publisher wrote one: in a position, in a topic that is none.
     """
+
+    _IN_TEXT = re.compile(r"user:\S+")
 
     def __init__(self) -> None:
         self._key = secrets.token_bytes(16)
@@ -79,10 +92,14 @@ class _HashUsers:
         if event.get("user"):
             event["user"] = self._hash(event["user"])
         if event.get("topics"):
-            event["topics"] = [
-                "user:" + self._hash(topic[5:]) if topic.startswith("user:") else topic for topic in event["topics"]
-            ]
+            event["topics"] = [self._hash_topic(topic) for topic in event["topics"]]
+        for key, value in event.items():
+            if isinstance(value, str) and "user:" in value:
+                event[key] = self._IN_TEXT.sub(lambda found: self._hash_topic(found[0]), value)
         return event
+
+    def _hash_topic(self, topic: str) -> str:
+        return "user:" + self._hash(unquote(topic[5:])) if topic.startswith("user:") else topic
 
     def _hash(self, text: str) -> str:
         return hmac.new(self._key, text.encode(), hashlib.sha256).hexdigest()[:12]

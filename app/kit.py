@@ -143,6 +143,8 @@ class Kit:
         self.tally.ended[stream.reason] += 1
         self.logger.info(
             "stream_ended",
+            # Not the context's: any task may be the one that ends a stream.
+            request_id=stream.request_id,
             stream=stream.id,
             user=stream.user,
             reason=stream.reason,

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 from urllib.parse import quote
 
 from quart import Blueprint, Response, abort, request, send_from_directory
+from werkzeug.exceptions import HTTPException
 
 from app.edge import soft_fail, wants_soft_fail
 from app.event import (
@@ -51,9 +52,15 @@ def routes(kit: Kit) -> Blueprint:
         if request.method == "HEAD":
             return _head(Response(b""))
         place = await _place(kit)
-        stream = Stream(kit.next_stream_id(), topics, user=user, resumed_from=place.asked)
+        extensions: dict[str, Any] = request.scope["extensions"]
+        stream = Stream(
+            kit.next_stream_id(),
+            topics,
+            user=user,
+            resumed_from=place.asked,
+            request_id=extensions["sse.request_id"],
+        )
         opening = Opening(kit, stream, place, request.scope)
-        extensions: dict[str, object] = request.scope["extensions"]  # type: ignore[assignment]
         extensions["sse.opening"] = opening
         response = _head(Response(opening.body()))
         response.timeout = None
@@ -168,6 +175,12 @@ def routes(kit: Kit) -> Blueprint:
     @pages.app_errorhandler(413)
     async def too_large(error: Exception) -> Response:
         return _body_too_large(settings.max_body_bytes).response()
+
+    @pages.app_errorhandler(HTTPException)
+    async def otherwise(error: HTTPException) -> Response:
+        code = error.code or 500
+        cure = error.description or "See the endpoints in README.md."
+        return Problem(code, "http", "request", f"was refused: {error.name}", None, cure).response()
 
     @pages.app_errorhandler(500)
     async def failed(error: Exception) -> Response:

@@ -79,6 +79,7 @@ class Stream:
         "queued",
         "reason",
         "replayed",
+        "request_id",
         "resumed_from",
         "sink",
         "state",
@@ -96,6 +97,7 @@ class Stream:
         *,
         user: str | None = None,
         resumed_from: str = "",
+        request_id: str = "",
         allowed: Callable[[Entry], bool] | None = None,
         on_end: Callable[["Stream"], None] | None = None,
     ) -> None:
@@ -104,6 +106,7 @@ class Stream:
         self.cursor = cursor
         self.user = user
         self.resumed_from = resumed_from
+        self.request_id = request_id
         self.allowed = allowed
         self.on_end = on_end
         self.sink: Sink = None  # type: ignore[assignment]

@@ -35,6 +35,8 @@ from app.stack import App, Redis
 # Longest wait for anything; reached only when a promise is broken.
 DEADLINE = 20.0
 
+LOG, EPOCH = "{sse}:log", "{sse}:epoch"
+
 # The ladder scaled down: what the kit does in minutes happens in fractions of a second.
 SCALED = {
     "SSE_LOG_FORMAT": "json",
@@ -136,6 +138,50 @@ class Site:
         self.close()
 
 
+@dataclass
+class Pair:
+    """Two processes on one log, each behind a proxy of its own."""
+
+    site: Site
+    server: Redis
+    proxies: "tuple[Proxy, Proxy]"
+    a: App
+    b: App
+
+    async def gaps(self) -> tuple[float, float]:
+        """Return how many losses each process has announced."""
+        return (await metrics(self.a))["sse_log_gap_total"], (await metrics(self.b))["sse_log_gap_total"]
+
+    async def connected(self) -> None:
+        """Wait until both processes reach the log."""
+        for app in (self.a, self.b):
+            await becomes(lambda app=app: _connected(app), f"{app.name} connected")
+
+    def replica(self) -> Redis:
+        """Return a replica of the server that has received everything so far."""
+        with connect(self.server) as old:
+            # A master waits five seconds for more replicas before it sends anything.
+            old.config_set("repl-diskless-sync-delay", 0)
+        replica = self.site.redis("--replicaof", "127.0.0.1", str(self.server.port))
+        with connect(self.server) as old, connect(replica) as new:
+            wanted = old.xinfo_stream(LOG)["last-generated-id"]
+            eventually(lambda: new.exists(LOG) and new.xinfo_stream(LOG)["last-generated-id"] == wanted)
+            assert old.get(EPOCH) == new.get(EPOCH)
+        # Restarted later, it is still the master that it was promoted to.
+        replica.arguments.clear()
+        return replica
+
+    def turn_to(self, server: Redis) -> None:
+        """Let both processes find *server* where the old one was."""
+        self.server = server
+        for proxy in self.proxies:
+            proxy.turn_to(server)
+
+
+async def _connected(app: App) -> bool:
+    return (await metrics(app))["sse_log_connected"] == 1
+
+
 class Shared:
     """
     Processes that several files' tests use, each started when the first one asks.
@@ -171,6 +217,16 @@ class Shared:
         """The same without the hand-off and without uvloop, and with users' names hashed."""
         return self.site.app(self.server, handoff="off", loop="asyncio", log_hash_users="on", **self.LIMITS)
 
+    @cached_property
+    def pair(self) -> Pair:
+        """Two processes on a log of their own, which tests may ill-treat."""
+        server = self.site.redis()
+        proxies = self.site.proxy(server), self.site.proxy(server)
+        apps = [self.site.app(proxy, ready=False) for proxy in proxies]
+        for app in apps:
+            app.wait_ready()
+        return Pair(self.site, server, proxies, *apps)
+
 
 shared = Shared()
 
@@ -178,7 +234,8 @@ shared = Shared()
 def lines(app: App) -> list[dict[str, Any]]:
     """Return what *app* has logged, one dictionary per JSON line."""
     found = []
-    for line in app.log().splitlines():
+    # Not splitlines: JSON may hold U+2028, which is no line end to others.
+    for line in app.log().split("\n"):
         with contextlib.suppress(ValueError):
             value = json.loads(line)
             if isinstance(value, dict):
@@ -355,7 +412,7 @@ class Subscriber:
     headers: Mapping[str, str] = field(default_factory=dict)
     status: int = 0
     head: dict[str, str] = field(default_factory=dict)
-    raw: bytes = b""
+    raw: bytearray = field(default_factory=bytearray)
     everything: list[ServerSentEvent] = field(default_factory=list)
     ended: str = ""  # "clean", "cut"
 

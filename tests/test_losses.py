@@ -19,70 +19,29 @@ from app.hub import Hub, Pace
 from app.log import ORIGIN, Batch, LogState, Position
 from app.memory_log import MemoryLog
 from app.reader import Checked, Reader, loss
-from app.stack import App, Redis
+from app.stack import App
 from app.window import Window
 from tests.live import (
-    Proxy,
-    Site,
+    LOG,
+    Pair,
     Subscriber,
-    becomes,
     connect,
     event,
     eventually,
     frozen,
     logged,
-    metrics,
     order,
     publish,
     replace,
+    shared,
     subscribed,
 )
 
-LOG, EPOCH = "{sse}:log", "{sse}:epoch"
-
-
-@dataclass
-class Pair:
-    """Two processes on one log."""
-
-    site: Site
-    server: Redis
-    proxies: tuple[Proxy, Proxy]
-    a: App
-    b: App
-
-    async def gaps(self) -> tuple[float, float]:
-        """Return how many losses each process has announced."""
-        return (await metrics(self.a))["sse_log_gap_total"], (await metrics(self.b))["sse_log_gap_total"]
-
-    def replica(self) -> Redis:
-        """Return a replica of the server that has received everything so far."""
-        replica = self.site.redis("--replicaof", "127.0.0.1", str(self.server.port))
-        with connect(self.server) as old, connect(replica) as new:
-            wanted = old.xinfo_stream(LOG)["last-generated-id"]
-            eventually(lambda: new.exists(LOG) and new.xinfo_stream(LOG)["last-generated-id"] == wanted)
-            assert old.get(EPOCH) == new.get(EPOCH)
-        # Restarted later, it is still the master that it was promoted to.
-        replica.arguments.clear()
-        return replica
-
-    def turn_to(self, server: Redis) -> None:
-        """Let both processes find *server* where the old one was."""
-        self.server = server
-        for proxy in self.proxies:
-            proxy.turn_to(server)
-
 
 @pytest.fixture(scope="module")
-def pair(require: Callable[..., str]) -> Iterator[Pair]:
+def pair(require: Callable[..., str]) -> Pair:
     require("redis-server", "valkey-server")
-    with Site() as site:
-        server = site.redis()
-        proxies = site.proxy(server), site.proxy(server)
-        apps = [site.app(proxy, ready=False) for proxy in proxies]
-        for app in apps:
-            app.wait_ready()
-        yield Pair(site, server, proxies, *apps)
+    return shared.pair
 
 
 @pytest.fixture
@@ -129,17 +88,23 @@ class Watch:
         assert (self.gaps[0] + 1, self.gaps[1] + 1) == await self.pair.gaps()
         for app in (self.pair.a, self.pair.b):
             assert logged(app, "log_gap")[-1]["reason"] in reasons
-            for position in self.away:
-                async with subscribed(app, "t", last_event_id=position) as stream:
-                    await stream.until(lambda s: s.resets)
-                    assert "epoch_changed" == stream.resets[0]["reason"]
-                    assert [] == stream.data
-                    await publish(app, event("for all"))
-                    await stream.until_data("for all")
+        await asyncio.gather(*(self._was_away(app, id) for app in (self.pair.a, self.pair.b) for id in self.away))
+        for app in (self.pair.a, self.pair.b):
             # Positions of the new history are good on both processes.
-            async with subscribed(app, "t", last_event_id=self.a.ids[-3]) as stream:
+            async with subscribed(app, "t", last_event_id=self.a.ids[-1]) as stream:
+                await publish(app, event("for all"))
                 await stream.until_data("for all")
                 assert [] == stream.resets
+
+    async def _was_away(self, app: App, position: str) -> None:
+        """Assert that who comes back with *position* is told, gets nothing old, and is live."""
+        topic = f"{app.name}/{position}"
+        async with subscribed(app, "t", topic, last_event_id=position) as stream:
+            await stream.until(lambda s: s.resets)
+            assert "epoch_changed" == stream.resets[0]["reason"]
+            await publish(app, event("back", topic))
+            await stream.until_data("back")
+            assert ["back"] == stream.data
 
 
 @contextlib.asynccontextmanager
@@ -293,7 +258,7 @@ class TestKeptHistory:
         async with watching(pair) as watch:
             for n in range(2):
                 await asyncio.to_thread(pair.server.restart)
-                await becomes(lambda: _connected(pair))
+                await pair.connected()
                 await watch.goes_on(f"again-{n}")
 
             assert ([], [], watch.gaps) == (watch.a.resets, watch.b.resets, await pair.gaps())
@@ -313,7 +278,7 @@ class TestKeptHistory:
                 new.replicaof("NO", "ONE")
             pair.turn_to(replica)
             master.kill()
-            await becomes(lambda: _connected(pair))
+            await pair.connected()
             await watch.goes_on()
 
             assert ([], [], watch.gaps) == (watch.a.resets, watch.b.resets, await pair.gaps())
@@ -354,10 +319,6 @@ class TestKeptHistory:
         async with watching(pair) as watch:
             hands.delete(LOG)
             await watch.is_announced("log_went_back", "epoch_changed")
-
-
-async def _connected(pair: Pair) -> bool:
-    return all([(await metrics(app))["sse_log_connected"] == 1 for app in (pair.a, pair.b)])
 
 
 class TestLoss:
@@ -404,12 +365,12 @@ class TestLoss:
 class Workbench:
     """A reader on a log in memory, driven step by step."""
 
-    def __init__(self, log: MemoryLog | None = None) -> None:
-        self.log = log or MemoryLog(history_seconds=600, max_events=1_000_000)
+    def __init__(self, check_seconds: float = 1e9) -> None:
+        self.log = MemoryLog(history_seconds=600, max_events=1_000_000)
         self.window = Window(1 << 30)
         pace = Pace(heartbeat=15, history=600, slow_consumer=10, max_age=480)
         self.hub = Hub(self.window, pace, time.monotonic, Random(1))
-        self.reader = Reader(self.log, self.window, self.hub, check_seconds=1e9)
+        self.reader = Reader(self.log, self.window, self.hub, check_seconds=check_seconds)
 
     async def put(self, *data: str) -> list[str]:
         return await self.log.publish(Batch.of([Draft(("t",), text) for text in data]))
@@ -489,3 +450,22 @@ class TestReader:
         assert 299 <= kept <= 300
         assert {"history_lost"} == {found[id] for id in ids[:699]}
         assert isinstance(found[ids[720]], int)
+
+    async def test_epoch_that_another_process_saw_first(self):
+        """
+        A position of an epoch that is not the reader's makes it look at the log before it judges.
+        """
+        bench = Workbench(check_seconds=0.5)
+        await bench.put("a")
+        await bench.check()
+        running = asyncio.create_task(bench.reader.run())
+        try:
+            await bench.log.renew_epoch(bench.window.epoch)
+            [id] = await bench.put("b")
+            foreign = "0000000" + id[id.index(":") :]
+            found = await asyncio.gather(*(bench.reader.located(each) for each in (id, id, foreign)))
+
+            assert [bench.window.end, bench.window.end, "epoch_changed"] == found
+            assert 1 == bench.reader.gaps
+        finally:
+            running.cancel()

@@ -539,6 +539,35 @@ class TestBadPublish:
 
         check_problem(await ask(app.port, "POST", "/publish", headers=headers, body=b"["), 413, "body")
 
+    async def test_body_that_never_comes(self):
+        """
+        Whatever else the framework refuses is a problem document, too.
+        """
+        application = create_app(load({}))
+        application.config["BODY_TIMEOUT"] = 0.05
+        sent: list[Any] = []
+
+        answered = asyncio.Event()
+
+        async def receive() -> Any:
+            await answered.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+            if message["type"] == "http.response.body" and not message.get("more_body"):
+                answered.set()
+
+        scope = {
+            "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST", "scheme": "http",
+            "path": "/publish", "raw_path": b"/publish", "query_string": b"", "root_path": "",
+            "headers": [(b"host", b"test"), (b"content-type", b"application/json"), (b"content-length", b"9")],
+        }  # fmt: skip
+        await application(scope, receive, send)
+        headers = {name.decode(): value.decode() for name, value in sent[0]["headers"]}
+
+        check_problem(Answer(sent[0]["status"], headers, sent[1]["body"]), 408, "request")
+
     @pytest.mark.parametrize(
         "headers",
         [

@@ -1,0 +1,318 @@
+"""
+What one process writes: a line when a stream opens and one when it ends, with who asked and why it ended.
+"""
+
+import asyncio
+import json
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from app.stack import App
+from tests.live import (
+    Site,
+    ask,
+    becomes,
+    connect,
+    event,
+    eventually,
+    lines,
+    logged,
+    publish,
+    shared,
+    subscribed,
+)
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _tools(require: Callable[..., str]) -> None:
+    require("redis-server", "valkey-server")
+
+
+@pytest.fixture(scope="module")
+def app() -> App:
+    return shared.app
+
+
+@pytest.fixture(scope="module")
+def hashing() -> App:
+    """A process with SSE_LOG_HASH_USERS=on."""
+    return shared.plain
+
+
+async def line(app: App, name: str, **wanted: Any) -> dict[str, Any]:
+    """Wait for the one line of *app* named *name* that holds what is *wanted*."""
+    [found] = await becomes(lambda: asyncio.to_thread(lambda: logged(app, name, **wanted)))
+    return found
+
+
+class TestStreams:
+    async def test_one_line_each(self, app):
+        """
+        One line when a stream opens, one when it ends, none for its events.
+        """
+        ids = await publish(app, event("1", "told"), event("2", "told"), event("3", "told"))
+        async with subscribed(app, "told", last_event_id=ids[0], query={"user": "tim"}) as stream:
+            await stream.until_data("3")
+            await publish(app, event("4", "told"))
+            await stream.until_data("4")
+            id = stream.opened["stream"]
+        opened = await line(app, "stream_opened", stream=id)
+        ended = await line(app, "stream_ended", stream=id)
+
+        assert {
+            "stream": id, "user": "tim", "topics": ["told", "broadcast", "user:tim"],
+            "resumed_from": ids[0], "path": "handoff", "level": "info", "event": "stream_opened",
+            "request_id": opened["request_id"], "timestamp": opened["timestamp"],
+        } == opened  # fmt: skip
+        assert {
+            "stream": id, "user": "tim", "reason": "client_gone", "events": 3, "replayed": 2, "level": "info",
+            "event": "stream_ended", "seconds": ended["seconds"], "bytes": ended["bytes"],
+            "request_id": ended["request_id"], "timestamp": ended["timestamp"],
+        } == ended  # fmt: skip
+        assert 0 < ended["seconds"] < 30
+        assert len(stream.raw) / 2 < ended["bytes"] <= 2 * len(stream.raw) + 1000
+        assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d+Z", ended["timestamp"])
+        assert {"stream_opened", "stream_ended"} == {each["event"] for each in lines(app) if each.get("stream") == id}
+
+    async def test_request_id_from_nginx(self, app):
+        """
+        The id that nginx gave the request is in both lines, so that its log and ours can be joined.
+        """
+        async with subscribed(app, "t", headers={"X-Request-Id": "nginx-0123456789abcdef"}) as stream:
+            id = stream.opened["stream"]
+        for name in ("stream_opened", "stream_ended"):
+            assert "nginx-0123456789abcdef" == (await line(app, name, stream=id))["request_id"]
+
+    @pytest.mark.parametrize("path", ["handoff", "generator"])
+    async def test_request_ids_of_many(self, path):
+        """
+        Whatever ends a stream, its last line carries its own request's id, and not another's.
+        """
+        app = shared.app if path == "handoff" else shared.plain
+        streams = {}
+        for n in range(12):
+            async with subscribed(app, f"many/{n}", headers={"X-Request-Id": f"{path}-{n}"}) as stream:
+                streams[stream.opened["stream"]] = f"{path}-{n}"
+        for id, request in streams.items():
+            assert request == (await line(app, "stream_opened", stream=id))["request_id"]
+            assert request == (await line(app, "stream_ended", stream=id))["request_id"]
+
+    @pytest.mark.parametrize("given", ["", "a b", "x" * 65, "{}", "a\tb", "é"], ids=ascii)
+    async def test_foreign_request_id(self, app, given):
+        """
+        An id that could forge or flood a line is replaced by one of ours.
+        """
+        async with subscribed(app, "t", headers={"X-Request-Id": given}) as stream:
+            id = stream.opened["stream"]
+
+        assert re.fullmatch("[0-9a-f]{16}", (await line(app, "stream_opened", stream=id))["request_id"])
+
+    async def test_what_clients_send_stays_in_its_field(self, app):
+        """
+        A line is JSON whatever a client puts into its position or its name.
+        """
+        wild = '"}\x7f{"event":"forged"} é'
+        async with subscribed(app, "t", headers={"Last-Event-ID": wild}, query={"user": 'a"\n{}\u2028'}) as stream:
+            id = stream.opened["stream"]
+        opened = await line(app, "stream_opened", stream=id)
+
+        assert wild == opened["resumed_from"]
+        assert 'a"\n{}\u2028' == opened["user"]
+        assert not logged(app, "forged")
+
+
+class TestOtherLines:
+    async def test_start(self, app):
+        """
+        The first lines say what runs and how.
+        """
+        [starting] = logged(app, "starting")
+
+        assert f"http://127.0.0.1:{app.port}" == starting["url"]
+        assert ("redis", "on", "uvloop") == (starting["log"], starting["handoff"], starting["loop"])
+        assert logged(app, "auth_none")
+        assert logged(app, "window_loaded")
+        assert logged(app, "log_connected")
+        assert not logged(app, "log_in_memory")
+
+    async def test_refused(self, app):
+        """
+        A browser hides an error's body from EventSource, so the sentence is here too, without what was given.
+        """
+        await ask(app.port, "GET", "/events?topic=user:bob", headers={"X-Request-Id": "refused-1"})
+        refused = await line(app, "refused", request_id="refused-1")
+
+        assert ("/events", 403, "topic must not be another user's") == (
+            refused["path"], refused["status"], refused["why"],
+        )  # fmt: skip
+        assert "bob" not in json.dumps(refused)
+
+    async def test_every_line_is_json(self, app):
+        """
+        Nothing writes past the format: no traceback, no print.
+        """
+        text = app.log()
+
+        assert text
+        for each in text.strip().split("\n"):
+            assert {"event", "level", "timestamp"} <= json.loads(each).keys()
+
+
+class TestHashedUsers:
+    async def test_no_line_holds_an_id(self, hashing):
+        """
+        With SSE_LOG_HASH_USERS=on no line holds a user's id, whatever happened to that user.
+        """
+        user = "Ängström-4711"
+        for _ in range(2):
+            async with subscribed(
+                hashing, "t", query={"user": user}, last_event_id=f"user:{user}".encode().decode("latin-1")
+            ):
+                pass
+        await ask(hashing.port, "GET", "/events?topic=user:Other-4712&user=Third-4713")
+        with connect(shared.server) as hands:
+            hands.xadd("{sse}:log", {"v": "1", "topics": "user:Fourth,4714", "data": "x"})
+            hands.xadd("{sse}:log", {"v": "1", "topics": "t user:Fïfth-4715", "data": "x"})
+        await asyncio.to_thread(eventually, lambda: len(logged(hashing, "stream_ended")) >= 2)
+        await asyncio.to_thread(eventually, lambda: len(logged(hashing, "entry_broken")) >= 2)
+        text = hashing.log()
+
+        for word in ("4711", "4712", "4713", "4714", "4715", "ngstr", "Other", "Third", "Fourth"):
+            assert word not in text
+
+    async def test_one_user_has_one_hash(self, hashing):
+        """
+        The hash is the same in all lines of one process, and differs between users.
+        """
+        hashes = {}
+        for user in ("zoë", "bob", "zoë"):
+            async with subscribed(hashing, "t", query={"user": user}) as stream:
+                id = stream.opened["stream"]
+            opened = await line(hashing, "stream_opened", stream=id)
+            ended = await line(hashing, "stream_ended", stream=id)
+            assert opened["user"] == ended["user"]
+            assert ["t", "broadcast", f"user:{opened['user']}"] == opened["topics"]
+            assert opened["user"] == hashes.setdefault(user, opened["user"])
+
+        assert 2 == len(set(hashes.values()))
+        assert all(re.fullmatch("[0-9a-f]{12}", each) for each in hashes.values())
+
+
+_WRITE = """
+import logging, structlog
+from app import journal
+from app.settings import load
+
+def deep(password):
+    raise ValueError("what happened")
+
+journal.configure(load({settings}))
+log = structlog.get_logger()
+try:
+    deep("hun" + "ter2")
+except ValueError as error:
+    log.error("failed", exc_info=error)
+    logging.getLogger("library").exception("from a library")
+log.debug("quiet")
+log.warning("loud", number=7, text="ä\\n")
+logging.getLogger("library").warning("old %s", "style")
+logging.getLogger("library").info("chatter")
+"""
+
+
+def written(**settings: str) -> str:
+    """Return what a fresh interpreter writes with *settings*."""
+    return subprocess.run(
+        [sys.executable, "-c", _WRITE.replace("{settings}", repr(settings))],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    ).stderr  # fmt: skip
+
+
+class TestFormats:
+    def test_json(self):
+        """
+        JSON lines: one object each, also for exceptions and for libraries.
+        """
+        found = [json.loads(each) for each in written(SSE_LOG_FORMAT="json").splitlines()]
+
+        assert ["failed", "from a library", "loud", "old style"] == [each["event"] for each in found]
+        assert [7, "ä\n"] == [found[2]["number"], found[2]["text"]]
+        assert "library" == found[3]["logger"]
+        assert "what happened" == found[0]["exception"][0]["exc_value"]
+        assert "deep" == found[0]["exception"][0]["frames"][-1]["name"]
+
+    def test_not_a_terminal(self):
+        """
+        `auto` is JSON where nobody watches.
+        """
+        assert all(json.loads(each) for each in written().splitlines())
+
+    def test_console(self):
+        """
+        For people: one readable line, and a traceback as Python writes it.
+        """
+        text = written(SSE_LOG_FORMAT="console")
+
+        assert "loud" in text
+        assert "number=7" in text
+        assert "ValueError: what happened" in text
+        assert "quiet" not in text
+
+    @pytest.mark.parametrize("form", ["json", "console"])
+    def test_tracebacks_hold_no_values(self, form):
+        """
+        A traceback names functions and lines, never what was in their variables: passwords are.
+        """
+        assert "hunter2" not in written(SSE_LOG_FORMAT=form)
+
+    @pytest.mark.parametrize(("level", "count"), [("debug", 5), ("info", 4), ("warning", 4), ("error", 2)])
+    def test_level(self, level, count):
+        """
+        What is less severe than SSE_LOG_LEVEL is not written.
+        """
+        assert count == len(written(SSE_LOG_FORMAT="json", SSE_LOG_LEVEL=level).splitlines())
+
+
+class TestDrain:
+    async def test_lines_of_an_end(self):
+        """
+        A drain says how many streams it ends, each says so, and the last line comes last.
+        """
+        with Site() as site:
+            app = await asyncio.to_thread(site.app, shared.server, drain_seconds=0.3)
+            async with subscribed(app, "t") as one, subscribed(app, "t") as two:
+                app.kill(signal.SIGTERM)
+                for stream in (one, two):
+                    await stream.until(lambda s: s.ended)
+            await asyncio.to_thread(app.process.wait, 20)
+            names = [each["event"] for each in lines(app)]
+
+            assert 0 == app.process.returncode
+            assert 2 == logged(app, "draining")[0]["streams"]
+            assert 2 == len(logged(app, "stream_ended", reason="draining"))
+            assert ["draining", "stream_ended", "stream_ended", "drained"] == names[names.index("draining") :][:4]
+
+
+async def test_wrong_settings_are_one_line():
+    """
+    A wrong setting ends the start with one readable sentence, and no traceback.
+    """
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "app", cwd=ROOT, env={"SSE_HEARTBEAT_SECONDS": "soon", "PATH": ""},
+        stderr=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    text = (await process.communicate())[1].decode()
+
+    assert 2 == process.returncode
+    assert 1 == len(text.splitlines())
+    assert text.startswith("SSE_HEARTBEAT_SECONDS must be ")
+    assert "'soon'" in text
