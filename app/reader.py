@@ -138,6 +138,8 @@ class Reader:
                     await self.step()
             except LogUnavailable as error:
                 self.errors += 1
+                # Events so large that a reply takes too long: ask for fewer.
+                self._count = max(1, self._count // 4)
                 # Once for each reason, not once a second.
                 if str(error) != why:
                     why = str(error)

@@ -15,7 +15,7 @@ import redis.asyncio as redis
 import structlog
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import ReadOnlyError, RedisError, ResponseError
 
 from app.event import Entry
 from app.log import (
@@ -182,6 +182,10 @@ class RedisLog:
                     answer = await _told(self._publish(keys=keys, args=args))
                 break
             except (LogUnavailable, TimeoutError) as error:
+                if isinstance(error.__cause__, ReadOnlyError):
+                    # A master that has become a replica keeps its connections:
+                    # find the new one, as the reader does.
+                    await self._publisher.connection_pool.disconnect(inuse_connections=False)
                 if asyncio.get_running_loop().time() + delay >= deadline:
                     raise LogUnavailable(str(error) or "the log did not answer in time") from None
                 await asyncio.sleep(delay)

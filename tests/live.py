@@ -171,11 +171,13 @@ class Pair:
         replica.arguments.clear()
         return replica
 
-    def turn_to(self, server: Redis) -> None:
-        """Let both processes find *server* where the old one was."""
+    def turn_to(self, server: Redis, *, cut: bool = True) -> None:
+        """Let both processes find *server* where the old one was; *cut* their connections to that one."""
         self.server = server
         for proxy in self.proxies:
-            proxy.turn_to(server)
+            proxy.target = server.port
+            if cut:
+                proxy.cut()
 
 
 async def _connected(app: App) -> bool:
@@ -555,11 +557,6 @@ class Proxy:
     def cut(self) -> None:
         """End all connections at once."""
         self._call(self._cut)
-
-    def turn_to(self, target: Redis) -> None:
-        """Send everybody to *target* from now on."""
-        self.target = target.port
-        self.cut()
 
     @contextlib.contextmanager
     def hold(self) -> Iterator[None]:

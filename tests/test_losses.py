@@ -6,6 +6,7 @@ Two real processes, each behind a proxy of its own, and a real Redis that loses 
 
 import asyncio
 import contextlib
+import signal
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import pytest
 
 from app.event import Draft
 from app.hub import Hub, Pace
-from app.log import ORIGIN, Batch, LogState, Position
+from app.log import ORIGIN, Batch, LogState, LogUnavailable, Position
 from app.memory_log import MemoryLog
 from app.reader import Checked, Reader, loss
 from app.stack import App
@@ -25,6 +26,7 @@ from tests.live import (
     LOG,
     Pair,
     Subscriber,
+    becomes,
     connect,
     event,
     eventually,
@@ -256,8 +258,8 @@ class TestKeptHistory:
         A Redis that comes back with its data: nothing is lost, and nobody is told otherwise.
         """
         async with watching(pair) as watch:
-            for n in range(2):
-                await asyncio.to_thread(pair.server.restart)
+            for n, number in enumerate((signal.SIGTERM, signal.SIGKILL)):
+                await asyncio.to_thread(pair.server.restart, number)
                 await pair.connected()
                 await watch.goes_on(f"again-{n}")
 
@@ -282,6 +284,21 @@ class TestKeptHistory:
             await watch.goes_on()
 
             assert ([], [], watch.gaps) == (watch.a.resets, watch.b.resets, await pair.gaps())
+
+    async def test_master_that_becomes_a_replica(self, pair):
+        """
+        A master that was demoted lives on and keeps its connections: readers and publishers leave it.
+        """
+        async with watching(pair) as watch:
+            replica, master = pair.replica(), pair.server
+            with connect(master) as old, connect(replica) as new:
+                new.replicaof("NO", "ONE")
+                old.replicaof("127.0.0.1", str(replica.port))
+            pair.turn_to(replica, cut=False)
+            await watch.goes_on()
+
+            assert ([], [], watch.gaps) == (watch.a.resets, watch.b.resets, await pair.gaps())
+            master.kill()
 
     async def test_cut_connections(self, pair):
         """
@@ -467,5 +484,28 @@ class TestReader:
 
             assert [bench.window.end, bench.window.end, "epoch_changed"] == found
             assert 1 == bench.reader.gaps
+        finally:
+            running.cancel()
+
+    async def test_replies_that_take_too_long(self):
+        """
+        A reply that does not arrive in time is asked for in smaller pieces, not again and again.
+        """
+        bench = Workbench(check_seconds=0.5)
+        await bench.put(*["x" * 100_000] * 60)
+        whole, asked = bench.log.read, []
+
+        async def read(epoch: str, after: Position, count: int, block_seconds: float) -> list[Any]:
+            asked.append(count)
+            if count > 20:
+                raise LogUnavailable("it took too long")
+            return await whole(epoch, after, count, block_seconds)
+
+        bench.log.read = read  # type: ignore[method-assign]
+        running = asyncio.create_task(bench.reader.run())
+        try:
+            await becomes(lambda: asyncio.sleep(0, bench.reader.loaded))
+            assert 60 == len(bench.window)
+            assert [100, 25, 6] == asked[:3]
         finally:
             running.cancel()

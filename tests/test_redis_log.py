@@ -494,6 +494,16 @@ class TestKeys:
         assert {f"{tag}:log", f"{tag}:epoch"} < set(hands.keys()) - before
         assert all(key.startswith(tag + ":") for key in set(hands.keys()) - before)
 
+    async def test_two_environments(self, make):
+        """
+        Two prefixes on one Redis are two logs, also for idempotency keys.
+        """
+        one, two = make(), make()
+        await one.publish(batch("one", key="same"))
+        await two.publish(batch("two", key="same"))
+
+        assert (["one"], ["two"]) == (await everything(one), await everything(two))
+
     async def test_keys_of_own_retries_are_short_lived(self, make, hands):
         """
         A key that was made here is kept for as long as a retry can come, not for SSE_IDEMPOTENCY_SECONDS.

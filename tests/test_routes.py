@@ -726,6 +726,23 @@ class TestHealth:
         assert (200, "ready") == (ready.status, ready.json["status"])
         assert health.json["process"] == ready.json["process"]
 
+    @pytest.mark.parametrize(("answers", "status"), [(True, 503), (False, 200)])
+    async def test_reader_that_is_stuck(self, answers, status):
+        """
+        A reader that is stuck while the log answers others is this process's own fault.
+
+        Where the log is away for all, no process leaves: DNS must not be empty.
+        """
+        application = create_app(load({}))
+        kit = application.extensions["sse"]
+        kit.reader.loaded = True
+        kit.reader.progress_at -= 4 * kit.settings.redis_timeout_seconds + 3
+        kit.log.ping = lambda: asyncio.sleep(0, answers)
+        answer = await application.test_client().get("/readyz")
+
+        assert status == answer.status_code
+        assert ("reader stuck" in (await answer.get_data(as_text=True))) == (status == 503)
+
 
 class TestSoftFail:
     """
