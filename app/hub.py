@@ -437,7 +437,8 @@ class Hub:
             # Drawn anew each time: one event to all streams must not line up
             # all their heartbeats for ever.
             longest = min(0.95 * pace.heartbeat, pace.heartbeat - pace.late)
-            at = max(stream.event_at, stream.beat_at) + self.random.uniform(0.7 * pace.heartbeat, longest)
+            shortest = min(0.7 * pace.heartbeat, longest)
+            at = max(stream.event_at, stream.beat_at) + self.random.uniform(shortest, longest)
         at = min(at, stream.end_at)
         due = max(math.ceil(at / pace.tick), self._tick + 1)
         if due != stream.due:
