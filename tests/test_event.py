@@ -121,7 +121,8 @@ class TestCheckTopic:
         assert topic == check_topic(topic)
 
     @pytest.mark.parametrize(
-        "topic", ["", "x" * (TOPIC_MAX_CHARACTERS + 1), "a b", "a*", "a\n", "ä", "a,b", "a?b", "a\0", None, 3, ["a"], b"a"]
+        "topic",
+        ["", "x" * (TOPIC_MAX_CHARACTERS + 1), "a b", "a*", "a\n", "ä", "a,b", "a?b", "a\0", None, 3, ["a"], b"a"],
     )
     def test_no_topic(self, topic):
         """
@@ -149,7 +150,9 @@ class TestCheckSubscription:
 
 
 class TestCheckName:
-    @pytest.mark.parametrize("name", ["", "message", "price", "streams", "Stream.open", "run", "x" * NAME_MAX_CHARACTERS, "ä b"])
+    @pytest.mark.parametrize(
+        "name", ["", "message", "price", "streams", "Stream.open", "run", "x" * NAME_MAX_CHARACTERS, "ä b"]
+    )
     def test_name(self, name):
         """
         A name is any line of text of 255 characters.
@@ -161,7 +164,7 @@ class TestCheckName:
         """
         Subscribers must be able to trust `stream.*` and `run.*`.
         """
-        with pytest.raises(EventError, match="must not begin with `stream.` or `run.`"):
+        with pytest.raises(EventError, match=r"must not begin with `stream\.` or `run\.`"):
             check_name(name)
 
     @pytest.mark.parametrize("name", ["a\nb", "a\rb", "a\0b", "x" * (NAME_MAX_CHARACTERS + 1), None, 7])
