@@ -10,10 +10,25 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
+from urllib.parse import parse_qsl, urlsplit
 
 # Kubernetes gives every pod variables for every Service: SSE_APP_SERVICE_HOST
-# and the like, for one that is called sse-app.
-_SERVICE_LINK = re.compile(r"_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP)(_\w+)?)?)$")
+# and the like, for one that is called sse-app. SSE_APP_PORT holds an address.
+_SERVICE_LINK = re.compile(r"_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_\w+)?)=|_PORT=\w+://")
+
+# What a Redis URL may set. Others would override the kit's own timeouts and
+# retries, without which a lost connection is not noticed.
+_REDIS_OPTIONS = {
+    "db": r"\d+",
+    "protocol": r"[23]",
+    "client_name": r".+",
+    "ssl_ca_certs": r".+",
+    "ssl_ca_path": r".+",
+    "ssl_certfile": r".+",
+    "ssl_keyfile": r".+",
+    "ssl_cert_reqs": r"none|optional|required",
+    "ssl_check_hostname": r"True|False|true|false|1|0",
+}
 
 
 class SettingError(ValueError):
@@ -158,12 +173,14 @@ class Settings:
                 self.key_prefix,
                 "It becomes the hash tag of all keys.",
             )
-        if self.redis_url and not self.redis_url.startswith(("redis://", "rediss://", "unix://")):
+        for name in ("host", "metrics_host"):
+            if not getattr(self, name):
+                raise SettingError(
+                    variable(name), "an address", "", "Empty would mean all of them; say 0.0.0.0 or :: for that."
+                )
+        if self.redis_url and (rule := _wrong_redis_url(self.redis_url)):
             raise SettingError(
-                "SSE_REDIS_URL",
-                "redis://…, rediss://… or unix://…",
-                _without_password(self.redis_url),
-                "Leave it empty for a log in memory.",
+                "SSE_REDIS_URL", rule, _without_password(self.redis_url), "Leave it empty for a log in memory."
             )
 
 
@@ -182,9 +199,10 @@ def load(environ: Mapping[str, str] | None = None) -> Settings:
         if not key.startswith("SSE_"):
             continue
         if key not in known:
-            if _SERVICE_LINK.search(key):
+            if _SERVICE_LINK.search(f"{key}={text}"):
                 continue
-            raise SettingError(key, "a known setting", text, _nearest(key, known))
+            # Without its value, which may be a secret: nobody knows what it was meant for.
+            raise SettingError(key, "the name of a setting", key, _nearest(key, known))
         name, rule = known[key]
         values[name] = _parse(key, rule, text.strip())
     return Settings(**values)
@@ -235,6 +253,27 @@ def _nearest(key: str, known: Mapping[str, object]) -> str:
     return f"Did you mean {close[0]}?" if close else "See the settings in README.md."
 
 
+def _wrong_redis_url(url: str) -> str | None:
+    """Return the rule that *url* breaks, or None."""
+    shape = "redis://host:port/number, rediss://… or unix:///path"
+    try:
+        parts = urlsplit(url)
+        _ = parts.port
+    except ValueError:  # a port that is no number, half of an IPv6 address
+        return shape
+    if parts.scheme not in ("redis", "rediss", "unix") or not url.startswith(f"{parts.scheme}://"):
+        return shape
+    if not (parts.path if parts.scheme == "unix" else re.fullmatch(r"/?\d*", parts.path)):
+        return shape
+    for name, value in parse_qsl(parts.query, keep_blank_values=True):
+        if not re.fullmatch(_REDIS_OPTIONS.get(name, ""), value):
+            return f"a URL with no other options than {', '.join(_REDIS_OPTIONS)}"
+    return None
+
+
 def _without_password(url: str) -> str:
     scheme, _, rest = url.partition("://")
-    return f"{scheme}://…@{rest.rpartition('@')[2]}" if "@" in rest else url
+    rest, query, _ = rest.partition("?")
+    if "@" in rest:
+        rest = "…@" + rest.rpartition("@")[2]
+    return f"{scheme}://{rest}{'?…' if query else ''}"
