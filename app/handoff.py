@@ -209,7 +209,8 @@ class Pulled:
             _tune(transport.get_extra_info("socket"), hub, send_buffer)
         if self._transport is not None and not self._transport.is_closing():
             # `send` returns when the kernel has all: nothing hides in between.
-            self._transport.set_write_buffer_limits(high=0)
+            # Not 0: over TLS that is reached by an empty buffer, for ever.
+            self._transport.set_write_buffer_limits(high=1)
 
     def write(self, piece: Piece) -> bool:
         self._buffer += piece.raw

@@ -21,6 +21,7 @@ from typing import Any
 import hypercorn.asyncio.run
 from hypercorn.asyncio.tcp_server import TCPServer
 from hypercorn.config import Config
+from hypercorn.events import Closed, Event
 
 from app import handoff, journal
 from app.event import encode
@@ -58,8 +59,15 @@ class _Connection(TCPServer):
         # keep-alive timeout: 75 s for every probe and every single request.
         await self.idle_task.stop()
 
+    # A client that vanished (ETIMEDOUT, EHOSTUNREACH) has gone like any other.
+
+    async def protocol_send(self, event: Event) -> None:
+        try:
+            await super().protocol_send(event)
+        except OSError:
+            await self.protocol.handle(Closed())
+
     async def _close(self) -> None:
-        # A client that vanished (ETIMEDOUT, EHOSTUNREACH) is no error of ours.
         with suppress(OSError):
             await super()._close()
 

@@ -106,28 +106,40 @@ class Wire:
         self.socket.settimeout(PATIENCE_SECONDS)
         self.socket.connect((host, port))
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._rest = b""
 
     def send(self, data: bytes) -> None:
         self.socket.sendall(data)
 
     def receive(self, size: int = 65_536) -> bytes:
         """Return what is there, waiting for it; b"" at the end. Raises ConnectionResetError."""
+        if self._rest:
+            data, self._rest = self._rest, b""
+            return data
         return self.socket.recv(size)
 
-    def until(self, mark: bytes) -> bytes:
-        """Return all up to and including *mark*."""
+    def waits(self, seconds: float) -> bool:
+        """Return whether there is something to receive within *seconds*."""
+        return bool(self._rest) or bool(select.select([self.socket], [], [], max(0.0, seconds))[0])
+
+    def until(self, mark: bytes, seconds: float = PATIENCE_SECONDS) -> bytes:
+        """Return all up to and including *mark*; what came behind it is received next."""
+        deadline = time.monotonic() + seconds
         data = b""
         while mark not in data:
+            assert time.monotonic() < deadline, f"not within {seconds:g} s: {mark!r}; it said {data[-200:]!r}"
             piece = self.receive()
             assert piece, f"the connection ended before {mark!r}; it said {data[-200:]!r}"
             data += piece
-        return data
+        end = data.index(mark) + len(mark)
+        self._rest = data[end:]
+        return data[:end]
 
     def ends(self, seconds: float = PATIENCE_SECONDS) -> str:
         """Read on to the end, at most *seconds*; return "closed" or "reset"."""
         deadline = time.monotonic() + seconds
         while (left := deadline - time.monotonic()) > 0:
-            if select.select([self.socket], [], [], left)[0]:
+            if self.waits(left):
                 try:
                     if not self.receive():
                         return "closed"
@@ -185,7 +197,6 @@ class Reader:
     def __post_init__(self) -> None:
         self._parser = Parser()
         self._chunks: Chunks | None = None
-        self._early = b""
 
     @classmethod
     def open(
@@ -241,19 +252,17 @@ class Reader:
         return sum(piece.text.count(b":\n\n") for piece in self.pieces if piece.text.startswith(b":"))
 
     def read_head(self) -> None:
-        head, _, self._early = self.wire.until(b"\r\n\r\n").partition(b"\r\n\r\n")
+        head = self.wire.until(b"\r\n\r\n")[:-4]
         self.head_at = time.monotonic()
         first, *lines = head.decode("latin-1").split("\r\n")
         self.status = int(first.split()[1])
         self.headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
         if self.headers.get("transfer-encoding") == "chunked":
             self._chunks = Chunks()
-        if self._early:
-            self._take(self._early)
 
     def read(self, seconds: float = PATIENCE_SECONDS, size: int = 65_536) -> bool:
         """Read once, waiting at most *seconds*; False if nothing came or the end did."""
-        if self.over or not select.select([self.wire.socket], [], [], max(0.0, seconds))[0]:
+        if self.over or not self.wire.waits(seconds):
             return False
         try:
             data = self.wire.receive(size)
