@@ -405,6 +405,10 @@ class Workbench:
         await self.reader._pass_on(0.001)
 
 
+async def _raising(*arguments: object) -> Any:
+    raise LogUnavailable("the connection was lost")
+
+
 class TestReader:
     async def test_cut_past_a_reader_that_never_rests(self):
         """
@@ -477,12 +481,34 @@ class TestReader:
         await bench.check()
         running = asyncio.create_task(bench.reader.run())
         try:
+            await becomes(lambda: asyncio.sleep(0, bench.reader.connected))
             await bench.log.renew_epoch(bench.window.epoch)
             [id] = await bench.put("b")
             foreign = "0000000" + id[id.index(":") :]
             found = await asyncio.gather(*(bench.reader.located(each) for each in (id, id, foreign)))
 
             assert [bench.window.end, bench.window.end, "epoch_changed"] == found
+            assert 1 == bench.reader.gaps
+        finally:
+            running.cancel()
+
+    async def test_reconnect(self):
+        """
+        After a lost connection the log is checked before it is read on: nobody gets an event behind a gap.
+        """
+        bench = Workbench()
+        await bench.put("a")
+        running = asyncio.create_task(bench.reader.run())
+        try:
+            await becomes(lambda: asyncio.sleep(0, bench.reader.connected))
+            whole, bench.log.read = bench.log.read, _raising  # type: ignore[method-assign]
+            await bench.put("b")
+            await becomes(lambda: asyncio.sleep(0, not bench.reader.connected))
+            await bench.put("c", "d")
+            bench.cut(1)
+            bench.log.read = whole  # type: ignore[method-assign]
+            await becomes(lambda: asyncio.sleep(0, bench.reader.connected))
+
             assert 1 == bench.reader.gaps
         finally:
             running.cancel()
