@@ -114,6 +114,7 @@ class Reader:
         self._count = 100
         self._clock_ms = (0, 0.0)
         self._check_at = 0.0
+        self._checked_at = 0.0  # when the log was last asked about itself
         # The log's end and its entries-added at a check: when the cursor gets
         # there, as many must have been read.
         self._mark: tuple[Position, int] | None = None
@@ -218,8 +219,14 @@ class Reader:
         if not entries:
             return
         self._read_at = self._clock()
+        # A process that was frozen, or a request that lay on its way, reads a log
+        # of later: what was trimmed meanwhile may be missing before these entries.
+        if self._read_at - self._checked_at > 2 * self._check_seconds and await self._lost():
+            return
         if self._mark is not None and entries[-1].position >= self._mark[0]:  # type: ignore[operator]
             self._pass_mark(entries, *self._mark)
+            if self._missed is not None and await self._lost():
+                return
         self._read.cursor = entries[-1].position  # type: ignore[assignment]
         self._read.ordinal += len(entries)
         self._adapt(entries)
@@ -241,10 +248,24 @@ class Reader:
         read = self._read.ordinal + sum(1 for entry in entries if cast(Position, entry.position) <= end)
         if read != added:
             self._missed = "trimmed" if read < added else "log_replaced"
-            self._check_at = 0.0
+
+    async def _lost(self) -> bool:
+        """
+        Check the log before what was read is passed on.
+
+        Nobody may get an event that has a gap before it: a client that leaves
+        with its id, before the reset, would never hear of the gap.
+
+        Returns:
+            Whether something was lost; then the window has been loaded anew.
+        """
+        resets = self._window.resets
+        await self._check()
+        return self._window.resets != resets
 
     async def _check(self) -> None:
         while True:
+            self._checked_at = self._clock()
             await self._log.trim()
             state = await self._log.state(self._read.cursor)
             reason = (loss(self._read, state) or self._missed) if self.loaded else "start"

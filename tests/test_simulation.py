@@ -86,7 +86,8 @@ class Service(RuleBasedStateMachine):
     )
     def begin(self, seed, calm, cost, max_events, window_bytes, read_count, max_age, slow_consumer):
         if calm:
-            max_events, window_bytes = 1_000_000, 1 << 30
+            # Nothing cuts the history short, and no process is overloaded.
+            max_events, window_bytes, cost = 1_000_000, 1 << 30, min(cost, 0.001)
         self.world = World(
             seed=seed,
             pace=Pace(heartbeat=1.0, history=8.0, slow_consumer=slow_consumer, max_age=max_age),
