@@ -34,12 +34,14 @@ import fcntl
 import os
 import socket
 import termios
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
 import h11
+from h2.exceptions import ProtocolError
 from hypercorn.asyncio.tcp_server import TCPServer
 from hypercorn.asyncio.worker_context import EventWrapper
 from hypercorn.protocol.h2 import H2Protocol, StreamBuffer
@@ -193,7 +195,7 @@ class Pulled:
     used to see progress and to cut.
     """
 
-    __slots__ = ("_buffer", "_cut", "_ended", "_frames", "_hub", "_reader", "_stream", "_transport", "_wanted")
+    __slots__ = ("_below", "_buffer", "_cut", "_ended", "_hub", "_stream", "_wanted")
 
     def __init__(self, stream: Stream, hub: Hub, send: Any, send_buffer: int) -> None:
         self._stream = stream
@@ -202,15 +204,13 @@ class Pulled:
         self._ended = False
         self._cut = False
         self._wanted: asyncio.Future[None] | None = None
-        transport, self._reader, self._frames = _below(send)
-        # Over HTTP/2 the transport is not this stream's alone.
-        self._transport = transport if self._frames is None else None
-        if transport is not None and not transport.is_closing():
-            _tune(transport.get_extra_info("socket"), hub, send_buffer)
-        if self._transport is not None and not self._transport.is_closing():
-            # `send` returns when the kernel has all: nothing hides in between.
-            # Not 0: over TLS that is reached by an empty buffer, for ever.
-            self._transport.set_write_buffer_limits(high=1)
+        self._below = below = _below(send)
+        if below.transport is not None and not below.transport.is_closing():
+            _tune(below.transport.get_extra_info("socket"), send_buffer)
+            if below.frames is None:
+                # `send` returns when the kernel has all: nothing hides in between.
+                # Not 0: over TLS that is reached by an empty buffer, for ever.
+                below.transport.set_write_buffer_limits(high=1)
 
     def write(self, piece: Piece) -> bool:
         self._buffer += piece.raw
@@ -228,16 +228,22 @@ class Pulled:
         self._buffer.clear()
         self._ended = self._cut = True
         self._wake()
-        if self._transport is not None:
-            self._transport.abort()
+        below = self._below
+        if below.transport is None:
+            return
+        # Over HTTP/2 the transport is not this stream's alone. It goes only where
+        # there is room in the stream's window: then the client reads none of them.
+        if below.frames is None or (below.frames.buffer and below.room() > 0):
+            below.transport.abort()
 
     def unsent(self) -> int:
         unsent = len(self._buffer)
-        if self._frames is not None:
-            unsent += len(self._frames.buffer)
-        if self._transport is not None:
-            unsent += self._transport.get_write_buffer_size()
-            sock = self._transport.get_extra_info("socket")
+        below = self._below
+        if below.frames is not None:
+            return unsent + len(below.frames.buffer)
+        if below.transport is not None:
+            unsent += below.transport.get_write_buffer_size()
+            sock = below.transport.get_extra_info("socket")
             unsent += 0 if sock is None else _unacknowledged(sock.fileno())
         return unsent
 
@@ -268,9 +274,8 @@ class Pulled:
         The server cancels the request then; but not at once while it waits with
         bytes that came after the request, as Hypercorn does.
         """
-        return (self._reader is not None and self._reader._eof) or (
-            self._transport is not None and self._transport.is_closing()
-        )
+        reader, transport = self._below.reader, self._below.transport
+        return (reader is not None and reader._eof) or (transport is not None and transport.is_closing())
 
     async def _framed(self) -> None:
         """
@@ -279,7 +284,7 @@ class Pulled:
         Hypercorn's `send` does not: it would take the whole log for a client
         that reads nothing.
         """
-        frames = self._frames
+        frames = self._below.frames
         if frames is None:
             return
         while frames.buffer and not self._cut:
@@ -377,7 +382,7 @@ def take_over(scope: Any, send: Any, stream: Stream, hub: Hub, send_buffer: int)
     sock = transport.get_extra_info("socket")
     if sock is None or sock.fileno() < 0:
         return None
-    _tune(sock, hub, send_buffer)
+    _tune(sock, send_buffer)
     # With a high-water mark of 0, `resume_writing` comes when all has gone out.
     transport.set_write_buffer_limits(high=0)
     connection = Connection(transport, sock.fileno(), stream, hub)
@@ -408,31 +413,46 @@ def _owners(send: Any) -> tuple[Any, Any, Any]:
     return http, protocol, server
 
 
-def _below(send: Any) -> tuple[Any, Any, StreamBuffer | None]:
+@dataclass(frozen=True, slots=True)
+class _Below:
     """
-    Return the transport below *send*, its reader, and the buffer of one HTTP/2 stream.
+    What is below a generator, as far as server and middleware let it be seen.
 
-    None stands for what is not there, or hidden by the server or by middleware.
+    Attributes:
+        frames: Hypercorn's buffer of one HTTP/2 stream.
+        room: bytes that this stream's client is willing to take now, over HTTP/2.
     """
+
+    transport: Any = None
+    reader: Any = None
+    frames: StreamBuffer | None = None
+    room: Callable[[], int] = int
+
+
+def _below(send: Any) -> _Below:
     http, protocol, server = _owners(send)
-    if isinstance(protocol, H2Protocol) and isinstance(server, TCPServer):
-        return server.writer.transport, None, protocol.stream_buffers.get(http.stream_id)
     if isinstance(protocol, H11Protocol) and isinstance(server, TCPServer):
-        return server.writer.transport, server.reader, None
+        return _Below(server.writer.transport, server.reader)
+    if isinstance(protocol, H2Protocol) and isinstance(server, TCPServer):
+
+        def room() -> int:
+            try:
+                return protocol.connection.local_flow_control_window(http.stream_id)
+            except ProtocolError:
+                return 0
+
+        return _Below(server.writer.transport, None, protocol.stream_buffers.get(http.stream_id), room)
     transport = getattr(http, "transport", None)  # uvicorn
-    return (transport if hasattr(transport, "abort") else None), None, None
+    return _Below(transport if hasattr(transport, "abort") else None)
 
 
-def _tune(sock: Any, hub: Hub, send_buffer: int) -> None:
-    pace = hub.pace
+def _tune(sock: Any, send_buffer: int) -> None:
     with suppress(OSError, AttributeError):
         # What a stalled client can hold in the kernel; without it, megabytes.
+        # No TCP_USER_TIMEOUT: with one, Linux ends clients with small windows
+        # that read all the time. A client that vanished goes at its stream's age.
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        # A client that vanished without a word leaves heartbeats unanswered.
-        # The kernel alone would go on trying for a quarter of an hour.
-        milliseconds = int(1000 * (2 * pace.heartbeat + pace.slow_consumer))
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
 
 
 def _unacknowledged(fd: int) -> int:
