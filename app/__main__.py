@@ -13,6 +13,10 @@ usage: python -m app                    serve; settings come from SSE_… variab
 
 def main(argv: list[str]) -> int:
     """Run what *argv* asks for; return the exit status."""
+    if sys.version_info < (3, 13):
+        version = ".".join(map(str, sys.version_info[:2]))
+        print(f"Python must be 3.13 or newer, got {version}. `make up` makes one: .venv/bin/python", file=sys.stderr)
+        return 2
     if argv and argv[0] in ("publish", "listen"):
         from app.command import main as command
 

@@ -12,6 +12,7 @@ import secrets
 from collections.abc import Awaitable, Callable, MutableMapping
 from random import Random
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import structlog
 
@@ -47,8 +48,12 @@ class Edge:
         structlog.contextvars.clear_contextvars()
         structlog.contextvars.bind_contextvars(request_id=request_id)
         scope.setdefault("extensions", {})["sse.request_id"] = request_id
-        # Werkzeug ignores repeated slashes in front: so must the door.
-        if scope["path"].lstrip("/") == "events" and scope["method"] == "GET":
+        # As Quart and Werkzeug read it: a target may name the host (RFC 9112,
+        # section 3.2.2), and repeated slashes in front are ignored.
+        path = scope["path"]
+        if not path.startswith("/"):
+            path = urlsplit(path).path
+        if path.lstrip("/") == "events" and scope["method"] == "GET":
             problem = self._kit.refusal()
             if problem is not None:
                 await self._refuse(problem, headers, send)

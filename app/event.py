@@ -8,6 +8,7 @@ https://html.spec.whatwg.org/multipage/server-sent-events.html
 
 import re
 from dataclasses import dataclass
+from sys import getsizeof
 
 TOPIC_MAX_CHARACTERS = 255
 NAME_MAX_CHARACTERS = 255
@@ -80,9 +81,16 @@ class Entry:
         self.data = data
         self.event = event
         self.retry = retry
-        # An estimate of what keeping the entry costs in memory: its text, the
-        # block made from it, and the objects around them.
-        self.size = 600 + 2 * len(data)
+        # What keeping the entry costs in memory, rather more than less: its text
+        # (an emoji makes every character four bytes wide), the block made from it
+        # (every line costs six more), and the window's lines of its topics.
+        self.size = (
+            600
+            + getsizeof(data)
+            + (len(data) if data.isascii() else len(data.encode("utf-8", "surrogatepass")))
+            + 6 * (data.count("\n") + data.count("\r"))
+            + sum([400 + len(topic) for topic in topics])
+        )
         self._block: bytes | None = None
 
     @property

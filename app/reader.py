@@ -281,7 +281,7 @@ class Reader:
             self._logger.error(
                 "log_ahead_of_clock",
                 seconds=(made_ms(state.last) - state.now_ms) / 1000,
-                cure="New ids cannot be older than the newest; see README, ids ahead of the clock.",
+                cure="New ids cannot be older than the newest; see README, When something is wrong.",
             )
         self._check_at = self._clock() + self._check_seconds * self._random.uniform(0.8, 1.0)
         self._answer(None)

@@ -128,6 +128,9 @@ def routes(kit: Kit) -> Blueprint:
     @pages.after_app_request
     async def secure(response: Response) -> Response:
         response.headers.setdefault("X-Content-Type-Options", "nosniff")
+        if request.path == "/" or request.path.startswith("/static/"):
+            # Asked for again each time, by its ETag: an old script with a new page breaks.
+            response.headers["Cache-Control"] = "no-cache"
         if response.mimetype == "text/html":
             response.headers["Content-Security-Policy"] = _CONTENT_SECURITY
             response.headers["Referrer-Policy"] = "no-referrer"

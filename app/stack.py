@@ -863,13 +863,21 @@ def feed(port: int, topic: str) -> int:
     print(f"  curl -N '{_address(port)}events?topic={topic}'")
     print(f"+ {shlex.join(source)} | {shlex.join(sink)}", flush=True)
     environment = {k: v for k, v in os.environ.items() if not k.startswith("SSE_")}
-    with subprocess.Popen(source, stdout=subprocess.PIPE) as tail:
+    # Both end with this process, however it is ended.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with (
+        subprocess.Popen(source, stdout=subprocess.PIPE) as tail,
+        subprocess.Popen(sink, stdin=tail.stdout, cwd=ROOT, env=environment) as publish,
+    ):
         try:
-            return subprocess.run(sink, stdin=tail.stdout, cwd=ROOT, env=environment, check=False).returncode
+            return publish.wait()
         except KeyboardInterrupt:
             return 0
         finally:
             tail.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
+                publish.wait(5)  # it reads the end of its input, and sends what it has
+            publish.kill()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

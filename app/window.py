@@ -22,6 +22,9 @@ LOST = -2
 
 # A subscription with a prefix looks at this many entries per piece.
 _SCAN_ENTRIES = 2_000
+# … or at this many topics: an event of 50 and a subscription of 50 are 2,500
+# comparisons, and a piece must not hold the event loop.
+_SCAN_TOPICS = 5_000
 # Entries taken from one topic per piece, before the limit in bytes.
 _LINE_ENTRIES = 1_000
 
@@ -193,11 +196,23 @@ class Window:
     def _scan(self, topics: tuple[str, ...], cursor: int) -> tuple[Sequence[int], int]:
         behind = min(self.end, cursor + _SCAN_ENTRIES)
         base = self._start - self.first
-        return [
-            ordinal
-            for ordinal in range(cursor, behind)
-            if any(matches(wanted, topic) for topic in self._entries[base + ordinal].topics for wanted in topics)
-        ], behind
+        found: list[int] = []
+        known: dict[str, bool] = {}
+        left = _SCAN_TOPICS
+        for ordinal in range(cursor, behind):
+            entry = self._entries[base + ordinal]
+            left -= len(entry.topics)
+            for topic in entry.topics:
+                wanted = known.get(topic)
+                if wanted is None:
+                    left -= len(topics)
+                    wanted = known[topic] = any(matches(subscription, topic) for subscription in topics)
+                if wanted:
+                    found.append(ordinal)
+                    break
+            if left <= 0:
+                return found, ordinal + 1
+        return found, behind
 
     def _drop_first(self) -> None:
         entry = self._entries[self._start]

@@ -345,7 +345,7 @@ class TestTrim:
         """
         The oldest entries go before memory passes its limit; the newest always stays.
         """
-        window = Window(10 * entry(1).size)
+        window = Window(10 * entry(1, "a").size)
         window.reset("e", (0, 0), "e:0-0")
         for number in range(1, 31):
             window.append(entry(number, "a"))
