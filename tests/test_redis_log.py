@@ -458,8 +458,9 @@ class TestRefusals:
         log = make(publish_timeout_seconds=0.1)
         await log.open()
         hands.set(log.log_key, "somebody else's")
+        with pytest.raises(LogUnavailable):
+            await log.publish(batch("a"))
         for refused in (
-            lambda: log.publish(batch("a")),
             lambda: log.state(ORIGIN),
             lambda: log.read("e", ORIGIN, 1, 0),
             log.trim,
