@@ -190,9 +190,9 @@ class TestVerification:
         """
         A late event is out of order, no longer missing, and no duplicate.
         """
-        report = play(*map(event, [1, 4, 2, 3, 5, 7, 6]), last=7)
+        report = play(*map(event, [1, 4, 2, 3, 5, 7, 6, 8]), last=8)
 
-        assert (7, 0, 0, 3) == counts(report)
+        assert (8, 0, 0, 3) == counts(report)
 
     def test_all_at_once(self, kind: str):
         """
@@ -372,12 +372,16 @@ class TestVoid:
         with playing(script, streams=2) as (clients, server):
             clients.connect()
             server.go.set()
-            time.sleep(0.2)
-            clients.ask("mark")
-            time.sleep(0.8)
-            report = clients.report()
+            # On a machine that is busy with something else, the client gets its
+            # share of a core at some time.
+            for _ in range(20):
+                clients.ask("mark")
+                time.sleep(0.5)
+                report = clients.report()
+                reason = report.void_reason()
+                if reason is not None:
+                    break
 
-        reason = report.void_reason()
         assert reason is not None, (report.cpu_share, report.busy_share)
         assert "busy" in reason
 
@@ -519,13 +523,13 @@ class TestHistogram:
         The C client counts a time in the bucket in which it is read.
         """
         monkeypatch.setenv("BENCH_FALLBACK", "")
-        ago = 1_500_000_000
+        ago = 60_000_000_000  # long beside the time that the test itself takes
         old = make_data(0, 1)
         stamp = old.split("t=")[1].split()[0]
         late = f"data: {old}\n\n".replace(stamp, str(int(stamp) - ago)).encode()
         report = play(late, last=1)
 
-        assert 1_500_000 == pytest.approx(report.latency.percentile(50), rel=0.05)
+        assert 60_000_000 == pytest.approx(report.latency.percentile(50), rel=0.05)
 
 
 class TestFloor:
