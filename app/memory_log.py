@@ -61,7 +61,8 @@ class MemoryLog:
             self._drafts.append(draft)
             ids.append(write_id(self._epoch, self._last))
         self._added += len(ids)
-        self._keys[batch.key] = (int(now + self._idempotency_ms), batch.fingerprint, ids)
+        if not batch.own_key:  # nothing gets lost on the way to this log: nobody asks again
+            self._keys[batch.key] = (int(now + self._idempotency_ms), batch.fingerprint, ids)
         self._grown.set()
         return ids
 
