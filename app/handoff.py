@@ -34,6 +34,7 @@ import fcntl
 import os
 import socket
 import termios
+from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -189,18 +190,20 @@ class Pulled:
     """
     A sink whose bytes a generator yields to whatever server there is.
 
-    See `app.stream.Sink`. Holds at most one buffer; a stream that fills it is
-    behind until the server has taken it. A server's `send` waits for ever for a
+    See `app.stream.Sink`. A stream for which much is held here is behind until
+    the server has taken it. A server's `send` waits for ever for a
     client that reads nothing, so where the connection below can be seen, it is
     used to see progress and to cut.
     """
 
-    __slots__ = ("_below", "_buffer", "_cut", "_ended", "_hub", "_stream", "_wanted")
+    __slots__ = ("_below", "_cut", "_ended", "_held", "_hub", "_pieces", "_stream", "_wanted")
 
     def __init__(self, stream: Stream, hub: Hub, send: Any, send_buffer: int) -> None:
         self._stream = stream
         self._hub = hub
-        self._buffer = bytearray()
+        # Views of bytes that all streams share, and how long they are together.
+        self._pieces: deque[memoryview] = deque()
+        self._held = 0
         self._ended = False
         self._cut = False
         self._wanted: asyncio.Future[None] | None = None
@@ -213,19 +216,21 @@ class Pulled:
                 below.transport.set_write_buffer_limits(high=1)
 
     def write(self, piece: Piece) -> bool:
-        self._buffer += piece.raw
+        self._pieces.append(memoryview(piece.chunk)[-2 - piece.size : -2])
+        self._held += piece.size
         self._wake()
-        return len(self._buffer) < _PULLED_BYTES
+        return self._held < _PULLED_BYTES
 
     def close(self, piece: Piece | None) -> None:
         if piece is not None:
-            self._buffer += piece.raw
+            self.write(piece)
         self._ended = True
         self._wake()
         asyncio.get_running_loop().call_later(CLOSE_SECONDS, self.abort)
 
     def abort(self) -> None:
-        self._buffer.clear()
+        self._pieces.clear()
+        self._held = 0
         self._ended = self._cut = True
         self._wake()
         below = self._below
@@ -237,7 +242,7 @@ class Pulled:
             below.transport.abort()
 
     def unsent(self) -> int:
-        unsent = len(self._buffer)
+        unsent = self._held
         below = self._below
         if below.frames is not None:
             return unsent + len(below.frames.buffer)
@@ -253,12 +258,10 @@ class Pulled:
             while True:
                 if self._left():
                     return
-                if self._buffer:
-                    data = bytes(self._buffer[:_PULLED_PIECE])
-                    del self._buffer[:_PULLED_PIECE]
-                    yield data
+                if self._pieces:
+                    yield self._next()
                     await self._framed()
-                    if not self._buffer:
+                    if not self._pieces:
                         self._hub.writable(self._stream)
                 elif self._ended:
                     return
@@ -266,6 +269,19 @@ class Pulled:
                     await self._woken()
         finally:
             self._hub.gone(self._stream)
+
+    def _next(self) -> bytes:
+        taken = []
+        room = _PULLED_PIECE
+        while self._pieces and room:
+            piece = self._pieces.popleft()
+            if len(piece) > room:
+                self._pieces.appendleft(piece[room:])
+                piece = piece[:room]
+            taken.append(piece)
+            room -= len(piece)
+        self._held -= _PULLED_PIECE - room
+        return b"".join(taken)
 
     def _left(self) -> bool:
         """

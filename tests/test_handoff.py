@@ -494,7 +494,7 @@ class TestAClientThatVanishes:
         """Heartbeats go on into the void; then stream, transport and descriptor go."""
         process, appear_and_vanish = vanish
         appear_and_vanish(topic)
-        wait_until(lambda: process.ended(), "the stream's end", 4)
+        wait_until(process.ended, "the stream's end", 4)
         (line,) = process.ended()
         assert line["reason"] == "max_age"
 
