@@ -129,7 +129,14 @@ def play(*pieces: bytes | None, last: int, wait: float = 2.0, keys: tuple[int, .
     """
     Play *pieces* to one stream and report; *last* is the last number published.
     """
-    with playing(lambda request, ordinal: [HEAD + OPEN, *pieces], keys=keys) as (clients, server):
+    # In one write, so that what comes after the last number is in the report, too.
+    script: list[bytes | None] = []
+    for piece in pieces:
+        if piece is not None and script and script[-1] is not None:
+            script[-1] += piece
+        else:
+            script.append(piece)
+    with playing(lambda request, ordinal: [HEAD + OPEN, *script], keys=keys) as (clients, server):
         assert 1 == clients.connect()["open"]
         server.go.set()
         clients.wait(0, last, wait)
