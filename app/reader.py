@@ -67,9 +67,14 @@ def loss(read: Checked, state: LogState) -> str | None:
         return None if state.added == read.ordinal else "log_replaced"
     if state.added <= read.ordinal:
         return "log_replaced"
+    if state.first is None:
+        return None
     # Still kept entries before the cursor, but not the one at it: this is
     # another log that went on from an earlier place.
-    if state.first is not None and state.first <= read.cursor and not state.has_cursor:
+    if state.first <= read.cursor and not state.has_cursor:
+        return "log_replaced"
+    # Nothing is kept of what was read, and not as much was ever removed.
+    if state.first > read.cursor and state.added - state.length < read.ordinal:
         return "log_replaced"
     return None
 

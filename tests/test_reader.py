@@ -100,6 +100,24 @@ class TestLoss:
         loop.close()
 
 
+    @given(st.integers(1, 20), st.integers(1, 20), st.integers(1, 40), st.integers(0, 3))
+    def test_promoted_replica(self, published, lost, went_on, trimmed):
+        """
+        A log that lost what was read, and went on, is another one, however far it went.
+        """
+        loop = VirtualLoop()
+        server = Server(loop, 1_000, 1_000_000, lambda what: None)
+        server.publish(("a",), 0, published, bare=False, broken=False)
+        read = Checked(server.epoch or "", server.last, published)
+        del server.entries[:trimmed]
+        server.lose(min(lost, published), 0)
+        loop.now += 1
+        server.publish(("a",), 0, went_on, bare=False, broken=False)
+
+        assert loss(read, server.state(read.cursor)) in ("log_went_back", "log_replaced")
+        loop.close()
+
+
 class TestLoad:
     """The window after a start is what the log keeps, behind its trim boundary."""
 
@@ -127,6 +145,7 @@ class TestLoad:
         assert 2 == len(process.window)
         assert process.window.first == located(process, records[2].position)
         assert "history_lost" == located(process, records[1].position)
+        assert "history_lost" == located(process, ORIGIN)
 
     def test_emptied_log(self, world):
         """
