@@ -140,6 +140,11 @@ class Server:
         self.history = 0
         self.offset_ms = 0
         self.renewed = 0
+        # Histories that began with all connections broken: nobody may read on
+        # without having compared itself with them.
+        self.abrupt: set[int] = set()
+        # Something other than age can trim entries that nobody has read yet.
+        self.cut_short = max_events < 1_000
         self.waiters: list[tuple[Position, int, asyncio.Future[list[Record]]]] = []
         self._used: set[Position] = set()
 
@@ -219,14 +224,14 @@ class Server:
         record.gone = "deleted"
         self.tell(f"deleted {record.n}")
 
-    def flush(self) -> None:
-        """Everything is gone, the epoch too."""
+    def flush(self, *, abrupt: bool = False) -> None:
+        """Everything is gone, the epoch too; *abrupt*: it is another server."""
         self.tell("FLUSHALL")
         for record in self.records:
             record.gone = "flushed"
         self.entries, self.added = [], []
         self.epoch = None
-        self.history += 1
+        self._begin(abrupt)
 
     def lose(self, count: int, offset_ms: int) -> list[Record]:
         """Be a promoted replica: the newest *count* entries never came over."""
@@ -237,9 +242,19 @@ class Server:
         self.tell(f"failover lost {[record.n for record in lost]}")
         gone = set(lost)
         self.entries = [record for record in self.entries if record not in gone]
-        self.offset_ms += offset_ms
-        self.history += 1
+        self.jump(offset_ms)
+        self._begin(abrupt=True)
         return lost
+
+    def jump(self, offset_ms: int) -> None:
+        """Set the server's clock."""
+        self.offset_ms += offset_ms
+        self.cut_short = self.cut_short or offset_ms > 0
+
+    def _begin(self, abrupt: bool) -> None:
+        self.history += 1
+        if abrupt:
+            self.abrupt.add(self.history)
 
     def _new_epoch(self) -> str:
         self.renewed += 1
@@ -467,6 +482,7 @@ class Process:
         self.reader._count = world.read_count
         # Which history of the server this process has last compared itself with.
         self.history = -1
+        self.must_announce = False  # it has read what the log lost
         self._check = self.reader._check
         self.reader._check = self._checked  # type: ignore[method-assign]
         self.pulse = Pulse(self.hub)
@@ -490,7 +506,13 @@ class Process:
 
     def certain(self, missing: Record) -> bool:
         """Tell whether nothing excuses that *missing* was passed over."""
-        return not missing.gone and self.history == missing.history == self.world.server.history
+        server = self.world.server
+        kept = missing.gone == "" or (missing.gone == "trimmed" and not server.cut_short)
+        return kept and self.history == missing.history == server.history
+
+    def may_write(self, record: Record) -> bool:
+        """Tell whether this process has compared itself with the log that it read *record* from."""
+        return not any(self.history < each <= record.history for each in self.world.server.abrupt)
 
     def kill(self) -> None:
         """End without a word: all connections break."""
@@ -517,6 +539,9 @@ class Process:
         gaps = self.reader.gaps
         await self._check()
         self.history = self.log.told_history
+        if self.must_announce:
+            assert self.reader.gaps > gaps, f"{self.name} did not notice that the log lost what it had read"
+            self.must_announce = False
         if self.reader.gaps > gaps:
             self.world.tell(f"{self.name} announced a loss, window {self.window.newest()} {self.window.epoch}")
 
@@ -719,6 +744,9 @@ class Wire:
             self.id_at = now
         for event in self.parser.feed(raw):
             self.process.world.happened["written " + event.event] += 1
+            if not event.event.startswith("stream."):
+                record = self.process.world.server.records[int(event.data.partition(":")[0])]
+                assert self.process.may_write(record), f"{self.process.name} read on without comparing: {record}"
             self.ledger.take(event, self.process.certain)
             if event.event == "stream.reset":
                 self.process.world.happened["reset " + json.loads(event.data)["reason"]] += 1
@@ -973,6 +1001,26 @@ class World:
             assert behind > self.pace.history - self.late, (
                 f"{client.name} had read all {behind} s ago and heard of a loss: {event!r}"
             )
+
+    def promote(self, lost: int, offset_ms: int) -> None:
+        """Another server takes over, which the newest *lost* entries never reached."""
+        server = self.server
+        before = server.history
+        records = server.lose(lost, offset_ms)
+        for process in self.alive:
+            read = process.history == before and process.reader.loaded and bool(records)
+            if read and process.reader._read.cursor >= records[0].position and not server.cut_short:
+                process.must_announce = True
+        self.break_all()
+
+    def replace(self) -> None:
+        """An empty server takes over."""
+        self.server.flush(abrupt=True)
+        self.break_all()
+
+    def break_all(self) -> None:
+        for process in self.processes:
+            process.log.break_off()
 
     # --- time
 

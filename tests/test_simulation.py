@@ -285,17 +285,16 @@ class Service(RuleBasedStateMachine):
             return
         Service.happened[what] += 1
         seconds = draw(st.sampled_from([0, 0, -60, -1, 2, 5]))
-        if what in ("FLUSHALL", "replaced"):
+        if what == "FLUSHALL":
             server.flush()
+        elif what == "replaced":
+            self.world.replace()
         elif what == "failover":
-            server.lose(draw(st.integers(0, 5)), seconds * 1000)
+            self.world.promote(draw(st.integers(0, 5)), seconds * 1000)
         elif what == "clock jumps":
-            server.offset_ms += seconds * 1000
+            server.jump(seconds * 1000)
         elif server.entries:
             server.delete(draw(st.integers(0, len(server.entries) - 1)))
-        if what in ("replaced", "failover"):
-            for process in self.world.processes:
-                process.log.break_off()
         self.turns(draw)
         if draw(st.booleans()):
             self.world.run(0.2)
@@ -332,6 +331,7 @@ def run(examples: int, *, seed: int | None = None, shrink: bool = False) -> None
 
 
 class TestService:
+    @pytest.mark.timeout(300)
     def test_ten_thousand_steps(self):
         """
         Whatever happens, a client misses nothing, reads nothing twice, or is told.
@@ -358,7 +358,7 @@ class TestHistory:
     """Be back within the history and you miss nothing; later, you are told."""
 
     @staticmethod
-    def away(world: World, *, phase: float, away: float, elsewhere: bool) -> Client:
+    def away(world: World, *, phase: float, away: float, elsewhere: bool, again: bool = False) -> Client:
         """Let a client of a quiet topic leave a busy log at *phase*, and come back."""
         process = world.start()
         world.run(0.1)
@@ -380,6 +380,11 @@ class TestHistory:
             world.run(0.05)
         quiet.connect(process, turns=1, room=1_000)
         world.run(0.05)
+        if again:
+            quiet.give_up()
+            busy(away)
+            quiet.connect(process, turns=1, room=1_000)
+            world.run(0.05)
         return quiet
 
     @pytest.mark.parametrize("elsewhere", [False, True])
@@ -389,6 +394,15 @@ class TestHistory:
         Its topic was silent for longer than the history, and it hears of no loss.
         """
         quiet = self.away(world, phase=phase, away=world.pace.history - 0.15, elsewhere=elsewhere)
+
+        assert 0 == quiet.ledger.resets
+        assert quiet.wire is not None
+
+    def test_a_client_that_leaves_again_at_once(self, world):
+        """
+        The id with which it came is renewed at once, so that its time begins anew.
+        """
+        quiet = self.away(world, phase=0.3, away=world.pace.history - 0.15, elsewhere=False, again=True)
 
         assert 0 == quiet.ledger.resets
         assert quiet.wire is not None
