@@ -108,7 +108,7 @@ class Record:
     fields: dict[bytes, bytes]
     topics: tuple[str, ...]
     history: int
-    gone: str = ""  # "trimmed", "flushed", "lost", "deleted"
+    gone: str = ""  # "trimmed", "cut" (before its time), "flushed", "lost", "deleted"
 
     def __repr__(self) -> str:
         return f"<{self.n} at {self.position.ms}-{self.position.seq} to {self.topics} {self.gone}>"
@@ -116,7 +116,7 @@ class Record:
     @property
     def owed(self) -> bool:
         """
-        Whether somebody must get it, or be told that it is gone.
+        Whether a client must get it, or be told that it is gone.
 
         What FLUSHALL took is told by the epoch, which `World.come_to_rest` compares.
         """
@@ -216,7 +216,7 @@ class Server:
         if drop:
             self.tell(f"trimmed {[record.n for record in self.entries[:drop]]}, horizon {horizon.ms}")
         for record in self.entries[:drop]:
-            record.gone = "trimmed"
+            record.gone = "cut" if self.cut_short else "trimmed"
         del self.entries[:drop]
 
     def delete(self, index: int) -> None:
@@ -359,8 +359,11 @@ class Ledger:
     client has read, across all of its connections.
     """
 
-    def __init__(self, server: Server, topics: tuple[str, ...], who: str) -> None:
+    def __init__(self, server: Server, topics: tuple[str, ...], who: str, *, cut_too: bool) -> None:
         self._server = server
+        # A log that is cut before its time can have a gap that is told within a
+        # second. A client that leaves in between may never hear of it.
+        self._cut_too = cut_too
         self.topics = topics
         self.who = who
         self.epoch = ""
@@ -424,7 +427,8 @@ class Ledger:
     def owed(self, after: Position, to: Position) -> Iterator[Record]:
         """Yield what has to be known after *after* up to *to*."""
         for record in self._server.records:
-            if record.owed and after < record.position <= to and record.n not in self.seen and self.wants(record):
+            owed = record.owed or (self._cut_too and bool(record.topics) and record.gone == "cut")
+            if owed and after < record.position <= to and record.n not in self.seen and self.wants(record):
                 yield record
 
     def _open(self, event: ServerSentEvent) -> None:
@@ -507,8 +511,7 @@ class Process:
     def certain(self, missing: Record) -> bool:
         """Tell whether nothing excuses that *missing* was passed over."""
         server = self.world.server
-        kept = missing.gone == "" or (missing.gone == "trimmed" and not server.cut_short)
-        return kept and self.history == missing.history == server.history
+        return missing.owed and self.history == missing.history == server.history
 
     def may_write(self, record: Record) -> bool:
         """Tell whether this process has compared itself with the log that it read *record* from."""
@@ -658,7 +661,7 @@ class Wire:
         now = process.world.loop.now
         self.progress_at = self.wrote_at = self.id_at = now
         self.parser = Parser(last_event_id=asked)
-        self.ledger = Ledger(process.world.server, client.topics, f"written to {stream.id}")
+        self.ledger = Ledger(process.world.server, client.topics, f"written to {stream.id}", cut_too=True)
         self.ledger.begin(asked)
 
     # --- the hub's side
@@ -791,7 +794,7 @@ class Client:
         self.wire: Wire | None = None
         self.last_id = ""
         self.first_ask = ""
-        self.ledger = Ledger(world.server, topics, f"read by {name}")
+        self.ledger = Ledger(world.server, topics, f"read by {name}", cut_too=False)
         self.parser = Parser()
         self.task: asyncio.Task[None] | None = None
         self.current_at: float | None = None  # when it last had read all that there was
@@ -1094,6 +1097,9 @@ class World:
         for process in self.alive:
             if process.reader._read.epoch != server.epoch:
                 return f"{process.name} does not know the epoch"
+            for wire in process.wires.values():
+                if wire.ledger.gap:
+                    return f"{wire.stream.id} was never told of {wire.ledger.gap}"
         for client in self.clients:
             if client.wire is None:
                 return f"{client.name} has no stream"

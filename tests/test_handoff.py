@@ -198,6 +198,16 @@ class TestNothingIsLeft:
             wire.half_close()
             assert wire.ends(2)
 
+    def test_of_a_half_close_with_bytes_before_it_that_nobody_has_read(self, inside: Inside, topic: str):
+        """While the route still asks where this client stands, and before the hand-off."""
+        with Wire(inside.port) as wire:
+            asked = request(f"/events?topic={topic}", {"Last-Event-ID": "zzzzzzzz:1-0"})
+            wire.send(asked + request("/events?topic=other"))
+            time.sleep(0.02)
+            wire.send(b"more")
+            wire.half_close()
+            assert wire.ends(3)
+
     @thrice
     def test_of_a_half_close_after_a_second_request(self, inside: Inside, topic: str):
         with Reader.open(inside.port, topic, after=b"x" * 1_000) as reader:
@@ -811,13 +821,12 @@ class TestOtherWays:
 
 
 UNKNOWN_HYPERCORN = """
-import functools, sys
-from hypercorn.protocol.http_stream import HTTPStream
-send = HTTPStream.app_send
-del HTTPStream.app_send
-HTTPStream.__getattr__ = lambda self, name: (
-    functools.partial(send, self) if name == "app_send" else object.__getattribute__(self, name)
-)
+import sys
+from hypercorn.protocol.h11 import H11Protocol
+init = H11Protocol.__init__
+def other(*arguments):
+    init(*arguments)
+H11Protocol.__init__ = other
 from app.__main__ import main
 sys.exit(main([]))
 """
@@ -840,7 +849,7 @@ class TestSelfCheck:
                 assert reader.until_data(1) == ["works"]
             (opened,) = log_lines(process.log(), "stream_opened")
 
-            assert "HTTPStream has no app_send" in starting["handoff"]
+            assert "H11Protocol sets no send" in starting["handoff"]
             assert warning["level"] == "warning"
             assert opened["path"] == "generator"
             assert metric(process.metrics_port, "sse_streams_handed_off_total") == 0
