@@ -1,5 +1,5 @@
 #!/bin/sh
-# Write both locks anew from the .in files: exact versions and hashes, for every
+# Write all locks anew from the .in files: exact versions and hashes, for every
 # platform, without addresses. The tests' lock holds the application's versions.
 set -eu
 cd "$(dirname "$0")/.."
@@ -11,8 +11,9 @@ compile() {
 
 # From within each folder, because the lock repeats paths of its -c and -r.
 compile --upgrade app/requirements.in -o app/requirements.txt
+compile --upgrade loadtest/requirements.in -o loadtest/requirements.txt
 compile --upgrade tests/requirements.in -o tests/requirements.txt
-if grep -n -E '://|^-|@ ' app/requirements.txt tests/requirements.txt; then
+if grep -n -E '://|^-|@ ' app/requirements.txt loadtest/requirements.txt tests/requirements.txt; then
     echo "A lock must have versions and hashes alone; see the lines above." >&2
     exit 1
 fi
