@@ -220,5 +220,18 @@ def matches(subscription: str, topic: str) -> bool:
     return topic.startswith(prefix)
 
 
+def covers(pattern: str, subscription: str) -> bool:
+    """
+    Tell whether *pattern* contains all that *subscription* stands for.
+
+    So what reaches a stream by a subscription that was granted needs no second
+    look: ``orders/*`` covers ``orders/eu/*``, but not ``order*`` or ``*``.
+    """
+    if not subscription.endswith("*"):
+        return matches(pattern, subscription)
+    # As a topic, the prefix is held to the same rule for users' own topics.
+    return pattern.endswith("*") and matches(pattern, subscription[:-1])
+
+
 # A comment; wakes nothing in the client and keeps proxies from closing.
 HEARTBEAT = Piece(b":\n\n")

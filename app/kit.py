@@ -9,6 +9,7 @@ from random import Random
 
 import structlog
 
+from app.access import Access
 from app.hub import Hub, Pace
 from app.log import Log
 from app.memory_log import MemoryLog
@@ -27,6 +28,7 @@ class Kit:
     Log, reader, window, hub and their tasks.
 
     Attributes:
+        access: decides who asks, and what they may.
         process: names this process in `stream.open`, in logs and in leases.
         draining: no new streams; the open ones are being ended.
         failed: set when a task of the kit ended that must never end.
@@ -44,6 +46,7 @@ class Kit:
             slow_consumer=settings.slow_consumer_seconds,
             max_age=settings.max_age_seconds,
         )
+        self.access = Access()
         self.log: Log = _log(settings, pace.retention)
         self.window = Window(settings.window_max_bytes)
         self.hub = Hub(self.window, pace, time.monotonic, Random())

@@ -6,14 +6,13 @@ import json
 import re
 from pathlib import Path
 from typing import Any, NoReturn
-from urllib.parse import quote
 
 from quart import Blueprint, Response, abort, request, send_from_directory
 from werkzeug.exceptions import HTTPException
 
+from app.access import BROADCAST, Caller
 from app.edge import soft_fail, wants_soft_fail
 from app.event import (
-    TOPIC_MAX_CHARACTERS,
     Draft,
     EventError,
     check_name,
@@ -47,8 +46,8 @@ def routes(kit: Kit) -> Blueprint:
 
     @pages.get("/events")
     async def events() -> Response:
-        user = _user()
-        topics = _topics(settings.max_topics, user)
+        caller = await _caller(kit)
+        topics = _topics(settings.max_topics, caller)
         if request.method == "HEAD":
             return _head(Response(b""))
         place = await _place(kit)
@@ -56,7 +55,7 @@ def routes(kit: Kit) -> Blueprint:
         stream = Stream(
             kit.next_stream_id(),
             topics,
-            user=user,
+            user=caller.user,
             resumed_from=place.asked,
             request_id=extensions["sse.request_id"],
         )
@@ -68,7 +67,9 @@ def routes(kit: Kit) -> Blueprint:
 
     @pages.post("/publish")
     async def publish() -> tuple[dict[str, Any], int]:
+        caller = await _caller(kit)
         drafts = _drafts(await _json(settings.max_body_bytes), kit)
+        _may_publish(caller, drafts)
         key = request.headers.get("Idempotency-Key")
         if key is not None and not _IDEMPOTENCY_KEY.fullmatch(key):
             raise Problem(
@@ -212,18 +213,13 @@ def _head(response: Response) -> Response:
     return response
 
 
-def _user() -> str | None:
-    """Return who asks. With SSE_AUTH=none anybody may say so, for trying things out."""
-    user = request.args.get("user")
-    if user is None:
-        return None
-    if not 1 <= len(user) <= 64:
-        raise Problem(400, "invalid", "user", "must have 1 to 64 characters", user, "Shorten it.")
-    return user
+async def _caller(kit: Kit) -> Caller:
+    """Return who asks, before anything is taken or spent for the request."""
+    return await kit.access.caller(request.headers, request.args)
 
 
-def _topics(most: int, user: str | None) -> tuple[str, ...]:
-    """Return what the stream carries: as asked, `broadcast`, and the user's own topic."""
+def _topics(most: int, caller: Caller) -> tuple[str, ...]:
+    """Return what the stream carries: as asked, `broadcast`, and the caller's own topic."""
     for name in request.args:
         if name not in _STREAM_ARGUMENTS:
             raise Problem(
@@ -234,23 +230,16 @@ def _topics(most: int, user: str | None) -> tuple[str, ...]:
                 name,
                 "Give each topic as its own `topic=`.",
             )
-    own = None if user is None else "user:" + quote(user, safe="")
-    if own is not None and len(own) > TOPIC_MAX_CHARACTERS:
-        raise Problem(
-            400,
-            "invalid",
-            "user",
-            f"must have at most {TOPIC_MAX_CHARACTERS - 5} characters when percent-encoded",
-            user,
-            "It becomes the user's own topic; shorten it.",
-        )
+    own = caller.own_topic
     asked = dict.fromkeys(request.args.getlist("topic"))
     for topic in asked:
         try:
             check_subscription(topic)
         except EventError as error:
             raise Problem.of(error) from None
-        if topic.startswith("user:") and topic != own:
+        if caller.may_subscribe(topic):
+            continue
+        if topic.startswith("user:"):
             raise Problem(
                 403,
                 "forbidden",
@@ -259,7 +248,15 @@ def _topics(most: int, user: str | None) -> tuple[str, ...]:
                 topic,
                 "A user's own topic comes with every stream of that user.",
             )
-    asked["broadcast"] = None
+        raise Problem(
+            403,
+            "forbidden",
+            "topic",
+            "must be contained in a pattern that the token lets its user subscribe to",
+            topic,
+            "Ask for what the token names, or get another token.",
+        )
+    asked[BROADCAST] = None
     if own is not None:
         asked[own] = None
     if len(asked) > most:
@@ -272,6 +269,20 @@ def _topics(most: int, user: str | None) -> tuple[str, ...]:
             "Use a prefix such as `orders/*`, or a second stream.",
         )
     return tuple(asked)
+
+
+def _may_publish(caller: Caller, drafts: list[Draft]) -> None:
+    """Refuse a publish to a topic that the caller has no right to."""
+    for topic in {topic for draft in drafts for topic in draft.topics}:
+        if not caller.may_publish(topic):
+            raise Problem(
+                403,
+                "forbidden",
+                "topic",
+                "must match a pattern that the token lets its user publish to",
+                topic,
+                "Publish to what the token names, or get another token. Users' own topics must be named as `user:…`.",
+            )
 
 
 async def _place(kit: Kit) -> Place:
