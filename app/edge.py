@@ -60,7 +60,7 @@ class Edge:
                 return
             await self._open(scope, receive, send)
             return
-        await self._app(scope, receive, send)
+        await self._app(scope, receive, _closing(send) if self._kit.draining else send)
 
     async def _open(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Run a request whose answer may be a stream on a connection that is taken over."""
@@ -110,6 +110,23 @@ class Edge:
             }
         )
         await send({"type": "http.response.body", "body": body, "more_body": False})
+
+
+def _closing(send: Send) -> Send:
+    """
+    Return *send* with heads that end the connection.
+
+    While a process drains, nginx lets go of its idle connections one by one.
+    At the end none is left on which a POST could meet a server that has gone:
+    nginx does not repeat a POST.
+    """
+
+    async def send_on(message: MutableMapping[str, Any]) -> None:
+        if message["type"] == "http.response.start":
+            message = {**message, "headers": [*message["headers"], (b"connection", b"close")]}
+        await send(message)
+
+    return send_on
 
 
 def wants_soft_fail(headers: dict[bytes, bytes]) -> bool:

@@ -233,21 +233,13 @@ class Hub:
             stream.pending += block
             self._queue(stream)
 
-    def announce(self, block: bytes) -> Iterator[None]:
-        """Write *block*, which carries no id, to all streams. Yields as `flush` does."""
-        piece = Piece(block)
-        until = self.clock() + self.pace.slice
-        for count, stream in enumerate(list(self.streams.values())):
-            if count % _STRIDE == 0 and self.clock() > until:
-                yield
-                until = self.clock() + self.pace.slice
-            if stream.state is ENDED:
-                continue
-            if stream.state is LIVE:
-                self._write(stream, piece)
-            else:
-                stream.pending += block
-                self._queue(stream)
+    def tell(self, stream: Stream, block: bytes) -> None:
+        """Write *block*, which carries no id, to *stream*; behind what waits for it."""
+        if stream.state is LIVE:
+            self._write(stream, Piece(block))
+        elif stream.state is not ENDED:
+            stream.pending += block
+            self._queue(stream)
 
     def reset_block(self, reason: str, **detail: object) -> bytes:
         """Return the `stream.reset` of one stream that is about to be added."""
@@ -281,6 +273,10 @@ class Hub:
         if stream.state is LIVE:
             return max(stream.cursor, self.settled)
         return stream.cursor
+
+    def owed(self, stream: Stream) -> int:
+        """Return how many events of its topics *stream* has not been given yet."""
+        return self.window.count(stream.topics, self.position(stream))
 
     # --- inside --------------------------------------------------------------
 

@@ -167,6 +167,7 @@ def _log(settings: Settings, history_seconds: float) -> Log:
             max_events=settings.log_max_events,
             timeout_seconds=settings.redis_timeout_seconds,
             publish_timeout_seconds=settings.publish_timeout_seconds,
+            wait_replicas=settings.publish_wait_replicas,
             idempotency_seconds=settings.idempotency_seconds,
             max_topics=settings.max_topics,
             max_event_bytes=settings.max_event_bytes,

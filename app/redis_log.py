@@ -1,5 +1,5 @@
 """
-The log in Redis 7 or Valkey: one Redis Stream. The only module that imports redis.
+The log in Redis 7 or Valkey: one Redis Stream.
 
 Publishing is one `XADD`, so any service can publish (fields: `app.log.to_fields`).
 Publishers never trim. All keys share one hash tag, so that a Cluster can hold them.
@@ -8,15 +8,12 @@ Publishers never trim. All keys share one hash tag, so that a Cluster can hold t
 import asyncio
 import secrets
 from collections.abc import Awaitable
-from contextlib import suppress
 from typing import Any, cast
 
-import redis.asyncio as redis
 import structlog
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
-from redis.exceptions import ReadOnlyError, RedisError, ResponseError
+from redis.exceptions import NoScriptError, ReadOnlyError, RedisError, ResponseError
 
+from app import redis_client
 from app.event import Entry
 from app.log import (
     ORIGIN,
@@ -30,19 +27,23 @@ from app.log import (
 )
 
 # KEYS: log, epoch, idempotency key. ARGV: new epoch, fingerprint, seconds to
-# remember (ms), number of events, then for each the number of its fields and
-# the fields. One script, so that a batch is all or nothing, in one order, and
-# a repeated publish is recognised in the same step that would double it.
+# remember (ms), whether replicas are waited for (0 or 1), number of events, then
+# for each the number of its fields and the fields. One script, so that a batch
+# is all or nothing, in one order, and a repeated publish is recognised in the
+# same step that would double it.
+# A repetition writes, where replicas are waited for: WAIT is about what its own
+# connection wrote, and the first one may have been another.
 _PUBLISH = """
 local known = redis.call('GET', KEYS[3])
 if known then
   if string.sub(known, 1, 32) ~= ARGV[2] then return {0} end
+  if ARGV[4] == '1' then redis.call('PEXPIRE', KEYS[3], ARGV[3]) end
   return {1, string.sub(known, 33)}
 end
 redis.call('SET', KEYS[2], ARGV[1], 'NX')
 local ids = {redis.call('GET', KEYS[2])}
-local at = 5
-for _ = 1, tonumber(ARGV[4]) do
+local at = 6
+for _ = 1, tonumber(ARGV[5]) do
   local count = tonumber(ARGV[at])
   ids[#ids + 1] = redis.call('XADD', KEYS[1], '*', unpack(ARGV, at + 1, at + count))
   at = at + 1 + count
@@ -116,6 +117,7 @@ class RedisLog:
         max_events: int,
         timeout_seconds: float = 2.0,
         publish_timeout_seconds: float = 3.0,
+        wait_replicas: int = 0,
         idempotency_seconds: float = 600,
         max_topics: int = 50,
         max_event_bytes: int = 1_048_576,
@@ -128,6 +130,7 @@ class RedisLog:
         self._max_events = max_events
         self._timeout = timeout_seconds
         self._publish_timeout = publish_timeout_seconds
+        self._wait_replicas = wait_replicas
         self._idempotency_ms = int(idempotency_seconds * 1000)
         self._own_key_ms = int(publish_timeout_seconds * 2000) + 1000
         self._max_topics = max_topics
@@ -135,17 +138,8 @@ class RedisLog:
         self._logger = logger or structlog.get_logger()
         self._opened = False
 
-        def client(**options: Any) -> "redis.Redis":
-            return redis.Redis.from_url(
-                url,
-                socket_timeout=timeout_seconds,
-                socket_connect_timeout=timeout_seconds,
-                retry=Retry(NoBackoff(), 0),
-                **options,
-            )
-
-        self._reader = client(single_connection_client=True)
-        self._publisher = client(max_connections=64)
+        self._reader = redis_client.client(url, timeout_seconds=timeout_seconds, single_connection_client=True)
+        self._publisher = redis_client.client(url, timeout_seconds=timeout_seconds, max_connections=64)
         self._publish = self._publisher.register_script(_PUBLISH)
         self._renew = self._reader.register_script(_RENEW)
         self._trim = self._reader.register_script(_TRIM)
@@ -154,8 +148,7 @@ class RedisLog:
     async def open(self) -> None:
         # A fresh connection for the reader: an old one may hold half a reply.
         # Over TLS even closing waits for an answer; it is closed all the same.
-        with suppress(RedisError, OSError):
-            await self._reader.aclose()
+        await redis_client.close(self._reader)
         await _told(self._reader.ping())
         await self._check_policy()
 
@@ -164,6 +157,7 @@ class RedisLog:
             secrets.token_hex(4),
             batch.fingerprint,
             self._own_key_ms if batch.own_key else self._idempotency_ms,
+            int(self._wait_replicas > 0),
             len(batch.drafts),
         ]
         for draft in batch.drafts:
@@ -175,25 +169,49 @@ class RedisLog:
         # is asked for again, as long as the caller can be expected to wait.
         deadline = asyncio.get_running_loop().time() + self._publish_timeout
         delay = 0.02
+        why = "the log did not answer in time"
         while True:
             left = deadline - asyncio.get_running_loop().time()
             try:
                 async with asyncio.timeout(left):
-                    answer = await _told(self._publish(keys=keys, args=args))
+                    answer = await _told(self._append(keys, args, left))
                 break
             except (LogUnavailable, TimeoutError) as error:
                 if isinstance(error.__cause__, ReadOnlyError):
                     # A master that has become a replica keeps its connections:
                     # find the new one, as the reader does.
                     await self._publisher.connection_pool.disconnect(inuse_connections=False)
+                why = str(error) or why
                 if asyncio.get_running_loop().time() + delay >= deadline:
-                    raise LogUnavailable(str(error) or "the log did not answer in time") from None
+                    raise LogUnavailable(why) from None
                 await asyncio.sleep(delay)
                 delay *= 2
         if answer[0] == 0:
             raise IdempotencyConflict(batch.key)
         epoch, *ids = answer[1].decode().split(" ")
         return [f"{epoch}:{id}" for id in ids]
+
+    async def _append(self, keys: list[str], args: list[str | int], left_seconds: float) -> Any:
+        """Run the script that publishes; where replicas are waited for, until they have it."""
+        if not self._wait_replicas:
+            return await self._publish(keys=keys, args=args)
+        # One connection for both: WAIT is about what that wrote. Its answer must
+        # come before the socket's timeout does.
+        wait_ms = max(1, int(min(left_seconds, self._timeout) * 500))
+        both = self._publisher.pipeline(transaction=False)
+        both.execute_command("EVALSHA", self._publish.sha, len(keys), *keys, *args)
+        both.execute_command("WAIT", self._wait_replicas, wait_ms)
+        answer, reached = await both.execute(raise_on_error=False)
+        if isinstance(answer, NoScriptError):
+            await self._publisher.script_load(_PUBLISH)
+        for each in (answer, reached):
+            if isinstance(each, Exception):
+                raise each
+        if reached < self._wait_replicas:
+            raise LogUnavailable(
+                f"replicas that have the events must be {self._wait_replicas} (SSE_PUBLISH_WAIT_REPLICAS), got {reached}"
+            )
+        return answer
 
     async def state(self, cursor: Position) -> LogState:
         epoch, now_ms, *facts = await _told(self._state(keys=[self.log_key, self.epoch_key], args=[_text(cursor)]))
@@ -256,10 +274,8 @@ class RedisLog:
         return True
 
     async def close(self) -> None:
-        for client in (self._reader, self._publisher):
-            # One that was away already leaves nothing to close.
-            with suppress(RedisError, OSError):
-                await client.aclose()
+        await redis_client.close(self._reader)
+        await redis_client.close(self._publisher)
 
     async def _check_policy(self) -> None:
         """Refuse a Redis that may evict the log to make room."""

@@ -1,5 +1,5 @@
 """
-Run one process: Hypercorn, signals, and the order in which it all ends.
+Run one process: Hypercorn, signals, limits of the system.
 
 Hypercorn alone never ends while a stream is open (Python 3.12+, asyncio), and
 tells the application of a shutdown only after the connections: so the drain
@@ -14,7 +14,6 @@ import os
 import resource
 import signal
 import sys
-import time
 from contextlib import suppress
 from typing import Any
 
@@ -24,10 +23,9 @@ from hypercorn.config import Config
 from hypercorn.events import Closed, Event
 
 from app import handoff, journal
-from app.event import encode
+from app.drain import drain
 from app.factory import create_app
 from app.kit import Kit
-from app.reader import finish
 from app.settings import Settings
 
 # Longest that a listen queue may grow. The kernel caps it at net.core.somaxconn.
@@ -138,7 +136,7 @@ async def _serve(settings: Settings) -> int:
 
 
 async def _until(asked: asyncio.Event, kit: Kit) -> None:
-    """Return when Hypercorn may end: the shutdown order, from top to bottom."""
+    """Return when Hypercorn may end: no stream is left, see `app.drain`."""
     waits = [asyncio.ensure_future(asked.wait()), asyncio.ensure_future(kit.failed.wait())]
     try:
         await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
@@ -154,37 +152,6 @@ async def _until(asked: asyncio.Event, kit: Kit) -> None:
 def _abort_requests() -> None:
     for connection in list(_open):
         connection.writer.transport.abort()
-
-
-async def drain(kit: Kit) -> None:
-    """
-    End all streams, spread over SSE_DRAIN_SECONDS; `/publish` goes on meanwhile.
-
-    Afterwards Hypercorn ends, and the log is let go last, by `Kit.stop`.
-    """
-    settings, hub = kit.settings, kit.hub
-    began = time.monotonic()
-    kit.draining = True  # readiness off, new streams 503: nginx asks another process
-    streams = list(hub.streams.values())
-    kit.logger.info("draining", streams=len(streams), seconds=settings.drain_seconds)
-    if streams:
-        lead = min(settings.drain_lead_seconds, settings.drain_seconds)
-        await finish(hub.announce(encode(event="stream.draining", data=f'{{"seconds": {lead:g}}}')))
-        await asyncio.sleep(lead)
-        hub.random.shuffle(streams)
-        left = settings.drain_seconds - lead
-        start = time.monotonic()
-        for number, stream in enumerate(streams):
-            wait = start + left * number / len(streams) - time.monotonic()
-            if wait > 0.001:
-                await asyncio.sleep(wait)
-            # The ends are spread already: come back at once.
-            hub.end(stream, "draining", hub.farewell(0, 250))
-    # Streams that slipped in between the last check at the door and now.
-    for stream in list(hub.streams.values()):
-        hub.end(stream, "draining", hub.farewell(0, 250))
-    await handoff.all_closed()
-    kit.logger.info("drained", streams=len(streams), seconds=round(time.monotonic() - began, 3))
 
 
 def _say_how(kit: Kit) -> None:

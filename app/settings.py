@@ -29,6 +29,10 @@ _REDIS_OPTIONS = {
     "ssl_cert_reqs": r"none|optional|required",
     "ssl_check_hostname": r"True|False|true|false|1|0",
 }
+_SENTINEL_OPTIONS = {"sentinel_username": r".+", "sentinel_password": r".+"}
+# One host, with or without a port; several stand between commas.
+_HOST = r"(\[[0-9A-Fa-f:.]+\]|[^@/?,:\[\]]+)(:\d{1,5})?"
+_SENTINEL_URL = re.compile(rf"rediss?\+sentinel://([^@/?]*@)?{_HOST}(,{_HOST})*/[^/?]+(/\d+)?/?(\?.*)?")
 
 
 class SettingError(ValueError):
@@ -89,7 +93,8 @@ class Settings:
     # --- The log
     redis_url: str = _text(
         "",
-        "Redis 7 or Valkey, as `redis://…`, `rediss://…` or `unix://…`. Empty: the log is in memory, for one process.",
+        "Redis 7 or Valkey, as `redis://…`, `rediss://…` or `unix://…`; behind Sentinels "
+        "`redis+sentinel://host:26379,host:26379/master`. Empty: the log is in memory, for one process.",
     )
     key_prefix: str = _text("sse", "All keys begin with `{this}`, so that environments can share a Redis.")
     history_seconds: float = _seconds(600, 0.2, 86_400, "Be back within this time and you miss nothing.")
@@ -99,6 +104,12 @@ class Settings:
     window_max_bytes: int = _count(134_217_728, 65_536, 1 << 40, "Largest window in the memory of one process.")
     redis_timeout_seconds: float = _seconds(2, 0.05, 60, "A Redis that is silent for longer is away.")
     publish_timeout_seconds: float = _seconds(3, 0.05, 60, "Longest wait of one publish, retries included.")
+    publish_wait_replicas: int = _count(
+        0,
+        0,
+        16,
+        "A publish is acknowledged when so many replicas have it, too: it then survives the loss of the master.",
+    )
     idempotency_seconds: float = _seconds(600, 1, 86_400, "How long an `Idempotency-Key` is remembered.")
 
     # --- One stream
@@ -255,7 +266,11 @@ def _nearest(key: str, known: Mapping[str, object]) -> str:
 
 def _wrong_redis_url(url: str) -> str | None:
     """Return the rule that *url* breaks, or None."""
-    shape = "redis://host:port/number, rediss://… or unix:///path"
+    if url.startswith(("redis+sentinel:", "rediss+sentinel:")):
+        if not _SENTINEL_URL.fullmatch(url):
+            return "redis+sentinel://host:port,host:port/master/number"
+        return _wrong_options(url.partition("?")[2], _REDIS_OPTIONS | _SENTINEL_OPTIONS)
+    shape = "redis://host:port/number, rediss://…, unix:///path or redis+sentinel://…"
     try:
         parts = urlsplit(url)
         _ = parts.port
@@ -265,9 +280,13 @@ def _wrong_redis_url(url: str) -> str | None:
         return shape
     if not (parts.path if parts.scheme == "unix" else re.fullmatch(r"/?\d*", parts.path)):
         return shape
-    for name, value in parse_qsl(parts.query, keep_blank_values=True):
-        if not re.fullmatch(_REDIS_OPTIONS.get(name, ""), value):
-            return f"a URL with no other options than {', '.join(_REDIS_OPTIONS)}"
+    return _wrong_options(parts.query, _REDIS_OPTIONS)
+
+
+def _wrong_options(query: str, known: Mapping[str, str]) -> str | None:
+    for name, value in parse_qsl(query, keep_blank_values=True):
+        if not re.fullmatch(known.get(name, ""), value):
+            return f"a URL with no other options than {', '.join(known)}"
     return None
 
 

@@ -171,6 +171,15 @@ class Window:
             self._memo[key] = piece
         return piece
 
+    def count(self, topics: tuple[str, ...], cursor: int) -> int:
+        """Return how many events *topics* are owed from *cursor* on."""
+        count = 0
+        cursor = max(cursor, self.first)
+        while cursor < self.end:
+            ordinals, cursor = self._owed(topics, cursor)
+            count += len(ordinals)
+        return count
+
     def _owed(self, topics: tuple[str, ...], cursor: int) -> tuple[Sequence[int], int]:
         """Return ordinals of owed entries in order, and the cursor that they reach."""
         if any(topic.endswith("*") for topic in topics):

@@ -35,7 +35,7 @@ from app.metrics import Tally
 from app.parser import Parser, ServerSentEvent
 from app.problem import Problem
 from app.pulse import Pulse
-from app.reader import Reader, finish
+from app.reader import Reader
 from app.settings import Settings
 from app.stream import BEHIND, ENDED, LIVE, REASONS, Stream
 from app.window import Window
@@ -527,11 +527,12 @@ class Process:
             wire.broken_by_server()
 
     async def drain(self, lead: float, seconds: float) -> None:
-        """As `app.server.drain`, on this loop's time."""
+        """As `app.drain`, one stream after the other."""
         self.kit.draining = True
-        await finish(self.hub.announce(encode(event="stream.draining", data="{}")))
-        await asyncio.sleep(lead)
         streams = list(self.hub.streams.values())
+        for stream in streams:
+            self.hub.tell(stream, encode(event="stream.draining", data="{}"))
+        await asyncio.sleep(lead)
         for stream in streams:
             await asyncio.sleep(seconds / len(streams))
             self.hub.end(stream, "draining", self.hub.farewell())

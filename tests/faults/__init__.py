@@ -1,0 +1,1 @@
+"""Break real parts under real load, and audit every stream: `make test-faults`."""

@@ -1,0 +1,189 @@
+"""How the kit finds its Redis: timeouts, and the master that Sentinels name."""
+
+import asyncio
+import contextlib
+import tempfile
+import time
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+
+from app import redis_client
+from app.log import Batch, Draft, LogUnavailable, Position
+from app.redis_client import SentinelAddress, sentinel_address
+from app.redis_log import RedisLog
+from app.stack import Redis
+from tests.faults.parts import Sentinel, connect, follow, sentinel_url
+from tests.live import becomes, eventually, frozen
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="sse-sentinel-") as name:
+        yield Path(name)
+
+
+@pytest.fixture
+def watched(folder: Path, require) -> Iterator[tuple[Redis, Redis, Sentinel]]:
+    """A master, its replica, and a Sentinel that knows both."""
+    require("redis-server", "valkey-server")
+    with contextlib.ExitStack() as closing:
+        servers = []
+        for name in ("one", "two"):
+            server = Redis(folder, name=name)
+            closing.callback(server.close)
+            server.start()
+            server.wait_ready()
+            servers.append(server)
+        follow(servers[1], servers[0])
+        sentinel = Sentinel(folder, servers[0], down_seconds=0.5)
+        closing.callback(sentinel.close)
+        sentinel.start()
+        sentinel.wait_ready()
+        # Sentinels ask the master for its replicas every ten seconds.
+        eventually(lambda: sentinel.replicas_known() == 1, "the Sentinel knows the replica", 30)
+        yield servers[0], servers[1], sentinel
+
+
+@contextlib.asynccontextmanager
+async def opened(url: str, **options: object) -> AsyncIterator[RedisLog]:
+    options = {"history_seconds": 600, "max_events": 1_000, "timeout_seconds": 1.0} | options
+    log = RedisLog(url, **options)  # type: ignore[arg-type]
+    try:
+        await log.open()
+        yield log
+    finally:
+        await log.close()
+
+
+def batch(data: str, key: str | None = None) -> Batch:
+    return Batch.of([Draft(("t",), data)], key)
+
+
+class TestSentinelAddress:
+    @pytest.mark.parametrize(
+        ("url", "address"),
+        [
+            (
+                "redis+sentinel://one:26379,two/main/3",
+                SentinelAddress((("one", 26379), ("two", 26379)), "main", "redis://master/3", None, None),
+            ),
+            (
+                "rediss+sentinel://ann:p%40ss@[::1]:7/m?sentinel_password=x&ssl_cert_reqs=none",
+                SentinelAddress((("::1", 7),), "m", "rediss://ann:p%40ss@master/0?ssl_cert_reqs=none", None, "x"),
+            ),
+            ("redis://one:6379/0", None),
+            ("unix:///tmp/redis", None),
+        ],
+    )
+    def test_read(self, url: str, address: SentinelAddress | None):
+        """User and password in front are the master's, `sentinel_…` in the query the Sentinels'."""
+        assert address == sentinel_address(url)
+
+    async def test_database_and_password_reach_the_master(self):
+        """What the address says of the master is what connections to it are made with."""
+        client = redis_client.client(
+            "redis+sentinel://ann:p%40ss@127.0.0.1:7/m/3?sentinel_username=bob", timeout_seconds=1.5
+        )
+        known = client.connection_pool.connection_kwargs
+        [sentinel] = client.connection_pool.sentinel_manager.sentinels
+
+        assert (3, "ann", "p@ss") == (known["db"], known["username"], known["password"])
+        assert 1.5 == known["socket_timeout"] == known["socket_connect_timeout"]
+        assert "bob" == sentinel.connection_pool.connection_kwargs["username"]
+
+
+class TestFailover:
+    async def test_reader_and_publishers_find_the_new_master(self, watched: tuple[Redis, Redis, Sentinel]):
+        """
+        The master dies: both find the promoted replica by themselves, and no publish is doubled on the way.
+        """
+        master, replica, sentinel = watched
+        async with opened(sentinel_url(sentinel)) as log:
+            await log.publish(batch("before"))
+            with connect(master) as old:
+                assert 1 == old.wait(1, 5_000)
+            master.kill()
+
+            async def published() -> bool:
+                with contextlib.suppress(LogUnavailable):
+                    return bool(await log.publish(batch("after", "key")))
+                return False
+
+            await becomes(published, "a publish after the failover")
+            await log.open()
+            state = await log.state(Position(0, 0))
+            entries = await log.read(state.epoch or "", Position(0, 0), 10, 0)
+
+            assert replica.port == sentinel.master_port()
+            assert ["before", "after"] == [entry.data for entry in entries]
+
+    async def test_frozen_master_is_left(self, watched: tuple[Redis, Redis, Sentinel]):
+        """A master that says nothing is noticed by its silence, and replaced."""
+        master, replica, sentinel = watched
+        async with opened(sentinel_url(sentinel)) as log:
+            with frozen(master):
+                began = time.monotonic()
+                with pytest.raises(LogUnavailable):
+                    await log.read("", Position(0, 0), 10, 0.2)
+                noticed = time.monotonic() - began
+                await asyncio.to_thread(eventually, lambda: sentinel.master_port() == replica.port, "the failover", 30)
+
+                async def found() -> bool:
+                    with contextlib.suppress(LogUnavailable):
+                        await log.open()
+                        return bool(await log.publish(batch("after", "key")))
+                    return False
+
+                # For a moment the Sentinel knows of no master that is well.
+                await becomes(found, "the new master")
+            assert noticed < 5
+
+    async def test_no_sentinel_answers(self, watched: tuple[Redis, Redis, Sentinel]):
+        """Without a Sentinel the log is away; an open connection serves on."""
+        _, _, sentinel = watched
+        async with opened(sentinel_url(sentinel)) as log:
+            await log.publish(batch("one"))
+            sentinel.kill()
+            assert await log.publish(batch("two"))
+            with pytest.raises(LogUnavailable, match="sse"):
+                await log.open()
+
+
+class TestWaitForReplicas:
+    async def test_acknowledged_survives_the_masters_end(self, watched: tuple[Redis, Redis, Sentinel]):
+        """
+        SSE_PUBLISH_WAIT_REPLICAS=1: nothing is acknowledged that the replica has not got.
+
+        The replica is frozen: no answer, though the master has the event. A
+        repetition with the same key is one publish, acknowledged when it is there.
+        """
+        master, replica, sentinel = watched
+        options = {"wait_replicas": 1, "publish_timeout_seconds": 1.0}
+        async with opened(sentinel_url(sentinel), **options) as log, opened(sentinel_url(sentinel), **options) as other:
+            await log.publish(batch("one"))
+            with frozen(replica):
+                with pytest.raises(LogUnavailable, match="SSE_PUBLISH_WAIT_REPLICAS"):
+                    await log.publish(batch("two", "key"))
+                # Another connection, which wrote nothing before.
+                with pytest.raises(LogUnavailable, match="SSE_PUBLISH_WAIT_REPLICAS"):
+                    await other.publish(batch("two", "key"))
+                with connect(master) as hands:
+                    assert 2 == hands.xlen("{sse}:log")
+            ids = await other.publish(batch("two", "key"))
+            master.kill()
+            with connect(replica) as hands:
+                kept = hands.xrange("{sse}:log")
+
+            assert ["one", "two"] == [fields["data"] for _, fields in kept]
+            assert ids == [f"{ids[0].partition(':')[0]}:{kept[-1][0]}"]
+
+    async def test_script_that_redis_forgot(self, watched: tuple[Redis, Redis, Sentinel]):
+        """A master that was restarted knows no scripts: it is given them again."""
+        master, _, sentinel = watched
+        async with opened(sentinel_url(sentinel), wait_replicas=1) as log:
+            with connect(master) as hands:
+                hands.script_flush()
+
+            assert 1 == len(await log.publish(batch("one")))
