@@ -148,6 +148,7 @@ stack)
     test)
         have chromium || optional="$optional chromium"
         have firefox-esr || optional="$optional firefox-esr"
+        have node || optional="$optional nodejs"
         have ip || optional="$optional iproute2"
         have nft || optional="$optional nftables"
         ;;

@@ -8,8 +8,10 @@ https://html.spec.whatwg.org/multipage/server-sent-events.html#event-stream-inte
 """
 
 import itertools
+import json
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -32,106 +34,25 @@ def message(data: str, id: str = "") -> tuple[str, str, str]:
     return ("message", data, id)
 
 
-CASES = {
-    "format-bom": Case(
-        b"\xef\xbb\xbfdata: first\n\n\xef\xbb\xbfdata: not a field\n\ndata: second\n\n",
-        [message("first"), message("second")],
-    ),
-    "format-bom before a comment": Case(b"\xef\xbb\xbf:\n\ndata: a\n\n", [message("a")]),
-    "format-bom alone": Case(b"\xef\xbb\xbf"),
-    "format-bom cut short by the end": Case(b"\xef\xbb"),
-    "format-bom begun, then something else": Case(b"\xef\xbb\nid: 1\ndata: a\n\n", [message("a", "1")], "1"),
-    "format-bom-2: only one is dropped": Case(
-        b"\xef\xbb\xbf\xef\xbb\xbfdata: lost\n\ndata: kept\n\n", [message("kept")]
-    ),
-    "format-bom-2: inside a value it is text": Case(b"data: \xef\xbb\xbfa\n\n", [message("\ufeffa")]),
-    "format-comments": Case(
-        b": hello\ndata: a\r:\0\n:data: no\r\n:" + b"x" * 2100 + b"\n::\ndata: b\n: b\n\n",
-        [message("a\nb")],
-    ),
-    "format-comments only": Case(b":\n\n: still here\r\n\r\n"),
-    "format-data-before-final-empty-line": Case(b"data: a\n\nretry: 900\ndata: b\n", [message("a")], retry_ms=900),
-    "format-data-before-final-empty-line, cut in the line": Case(b"data: a\n\ndata: b", [message("a")]),
-    "format-field-data": Case(
-        b"data:\n\ndata\ndata\n\ndata: a\ndata:\ndata: b\n\n",
-        [message(""), message("\n"), message("a\n\nb")],
-    ),
-    "format-field-data: an event without data is none": Case(b"event: lost\n\ndata: a\n\n", [message("a")]),
-    "format-field-event": Case(b"event: price\ndata: 1\n\ndata: 2\n\n", [("price", "1", ""), message("2")]),
-    "format-field-event: the last one counts": Case(b"event: a\nevent: b\ndata: 1\n\n", [("b", "1", "")]),
-    "format-field-event-empty": Case(b"event: a\nevent:\ndata: 1\n\nevent\ndata: 2\n\n", [message("1"), message("2")]),
-    "format-field-event: one space is a name": Case(b"event:  \ndata: 1\n\n", [(" ", "1", "")]),
-    "format-field-id": Case(b"id: 7\ndata: a\n\ndata: b\n\n", [message("a", "7"), message("b", "7")], "7"),
-    "format-field-id-2: an empty id resets it": Case(
-        b"id: 7\ndata: a\n\nid\ndata: b\n\nid: 8\nid:\ndata: c\n\n",
-        [message("a", "7"), message("b"), message("c")],
-    ),
-    "format-field-id-3: a block of only an id counts": Case(b"id: 7\n\ndata: a\n\nid: 8\n\n", [message("a", "7")], "8"),
-    "format-field-id-3: an id counts at its blank line": Case(
-        b"id: 7\ndata: a\n\nid: 8\ndata: b\n", [message("a", "7")], "7"
-    ),
-    "format-field-id-null": Case(
-        b"id: 7\ndata: a\n\nid: 8\0\ndata: b\n\nid:\0\ndata: c\n\n",
-        [message("a", "7"), message("b", "7"), message("c", "7")],
-        "7",
-    ),
-    "format-field-parsing": Case(
-        b"data:\0\ndata:  two\rData: no\ndata\0: no\nDATA: no\r\n data: no\ndata : no\nda-ta: no\n"
-        b"data_: no\ndata:a:b\rdata: c\rdata:\r\n\n",
-        [message("\0\n two\na:b\nc\n")],
-    ),
-    "format-field-retry": Case(b"retry: 1500\ndata: a\n\n", [message("a")], retry_ms=1500),
-    "format-field-retry: at once, without a blank line": Case(b"retry:0\n", retry_ms=0),
-    "format-field-retry: leading zeros": Case(b"retry: 00000000000000000000250\n", retry_ms=250),
-    "format-field-retry: more digits than a computer counts": Case(
-        b"retry: " + b"9" * 5000 + b"\ndata: a\n\n", [message("a")], retry_ms=10**15
-    ),
-    "format-field-retry-bogus": Case(
-        b"retry: 3000\nretry: 1e3\nretry: 10ms\nretry: +5\nretry: -5\nretry: 1_000\n"
-        b"retry:  5\nretry: 5 \nretry: 1.5\nretry: 0x1f\n"
-        b"retry: \xd9\xa3\nretry: \xc2\xb2\ndata: a\n\n",
-        [message("a")],
-        retry_ms=3000,
-    ),
-    "format-field-retry-empty": Case(b"retry: 700\nretry\nretry:\ndata: a\n\n", [message("a")], retry_ms=700),
-    "format-field-unknown": Case(b"data: a\n data: b\ndata\ncolour: red\nI think\nid2: 9\n\n", [message("a\n")]),
-    "format-leading-space": Case(b"data:\ta\rdata: a\ndata:  a\ndata:a \n\n", [message("\ta\na\n a\na ")]),
-    "format-newlines": Case(
-        b"data: a\r\ndata: b\ndata: c\r\rdata: d\r\n\r\ndata: e\n\ndata: f\n\r\ndata: g\r\n\rdata: h\r\n\n",
-        [message("a\nb\nc"), *map(message, "defgh")],
-    ),
-    "format-newlines: only CR": Case(b"id: 1\rdata: a\r\rdata: b\r\r", [message("a", "1"), message("b", "1")], "1"),
-    "format-newlines: none but CR, LF and CRLF": Case(
-        "data: a\x0bb\x0cc\x1cd\x1de\x1ef\x85g\u2028h\u2029i\n\n".encode(),
-        [message("a\x0bb\x0cc\x1cd\x1de\x1ef\x85g\u2028h\u2029i")],
-    ),
-    "format-newlines: blank lines dispatch nothing twice": Case(b"\n\r\n\rdata: a\n\n\n\r\r\n", [message("a")]),
-    "format-null-character": Case(b"data: a\0b\n\nevent: \0\ndata:\0\n\n", [message("a\0b"), ("\0", "\0", "")]),
-    "format-utf-8": Case(
-        "data: ok … Grüße 漢字 😀\nevent: naïve\nid: ключ\n\n".encode(),
-        [("naïve", "ok … Grüße 漢字 😀", "ключ")],
-        "ключ",
-    ),
-    "format-utf-8: broken bytes become U+FFFD": Case(
-        b"data: \xff|\xc3|\xe2\x82|\xf0\x9f\x98|\xed\xa0\x80|\xc0\xaf|\xf5\x80|\xe2\x82\ndata: \x80\n\n",
-        [message("�|�|�|�|���|��|��|�\n�")],
-    ),
-    "format-utf-8: a broken field name is unknown": Case(b"d\xffta: a\ndata: b\n\n", [message("b")]),
-    "format-utf-8: a cut sequence does not eat the colon": Case(
-        b"data\xe2\x82: a\n\ndata:\xe2\x82 a\n\n", [message("� a")]
-    ),
-    "standard: three data lines make one event": Case(b"data: GRTS\ndata: -3\ndata: 12\n\n", [message("GRTS\n-3\n12")]),
-    "standard: a comment, ids, and an id taken back": Case(
-        b": test stream\n\ndata: one\nid: 1\n\ndata:two\nid\n\ndata:  three\n\n",
-        [message("one", "1"), message("two"), message(" three")],
-    ),
-    "standard: two empty events, and one that the end drops": Case(
-        b"data\n\ndata\ndata\n\ndata:", [message(""), message("\n")]
-    ),
-    "standard: the space after the colon is optional": Case(
-        b"data:same\n\ndata: same\n\n", [message("same"), message("same")]
-    ),
-}
+def shared_cases() -> dict[str, Case]:
+    """
+    Return the cases, which the browser client's parser passes too.
+
+    Bodies are bytes, so each stands there as a text of characters up to U+00FF.
+    """
+    listed = json.loads(Path(__file__).with_name("parser_cases.json").read_text())
+    return {
+        each["name"]: Case(
+            each["body"].encode("latin-1"),
+            [(event, data, id) for event, data, id in each["events"]],
+            each["last_event_id"],
+            each["retry_ms"],
+        )
+        for each in listed
+    }
+
+
+CASES = shared_cases()
 
 
 def read(pieces: list[bytes], **limits: int) -> tuple[Parser, list[tuple[str, str, str]]]:
