@@ -5,6 +5,7 @@ The parts of one process, wired together once.
 import asyncio
 import secrets
 import time
+from collections.abc import Callable
 from random import Random
 
 import structlog
@@ -31,6 +32,7 @@ class Kit:
         access: decides who asks, and what they may.
         process: names this process in `stream.open`, in logs and in leases.
         draining: no new streams; the open ones are being ended.
+        heed: what to do with each kind of notice, given its fields.
         failed: set when a task of the kit ended that must never end.
     """
 
@@ -51,11 +53,13 @@ class Kit:
         self.window = Window(settings.window_max_bytes)
         self.hub = Hub(self.window, pace, time.monotonic, Random())
         self.hub.ended = self._ended
+        self.heed: dict[str, Callable[[dict[str, str]], None]] = {}
         self.reader = Reader(
             self.log,
             self.window,
             self.hub,
             check_seconds=min(1.0, settings.history_seconds / 4),
+            heed=self.heed,
         )
         self.pulse = Pulse(self.hub)
         self.metrics = Metrics(self.tally, self.hub, self.window, self.reader, self.pulse)
@@ -169,6 +173,9 @@ def _log(settings: Settings, history_seconds: float) -> Log:
             publish_timeout_seconds=settings.publish_timeout_seconds,
             wait_replicas=settings.publish_wait_replicas,
             idempotency_seconds=settings.idempotency_seconds,
+            # A process that was cut off reads what it missed; streams of before
+            # a longer absence have ended by their age.
+            control_seconds=settings.max_age_seconds + 60,
             max_topics=settings.max_topics,
             max_event_bytes=settings.max_event_bytes,
         )

@@ -9,6 +9,7 @@ elsewhere a position is opaque and has an order.
 import hashlib
 import re
 import secrets
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -72,6 +73,21 @@ class LogState:
 
 
 @dataclass(frozen=True, slots=True)
+class Notice:
+    """
+    What one process tells all of them, itself included, beside the log.
+
+    Attributes:
+        kind: what it is about; a process that does not know the kind ignores it,
+            so that two versions can run side by side.
+        fields: the rest, as the kind wants it.
+    """
+
+    kind: str
+    fields: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
 class Batch:
     """Drafts that are published together: all or none, in one order."""
 
@@ -93,7 +109,15 @@ class Batch:
 
 
 class Log(Protocol):
-    """One log. Every method raises LogUnavailable when it cannot be reached."""
+    """
+    One log. Every method raises LogUnavailable when it cannot be reached.
+
+    Attributes:
+        notices: what came with the reads so far, oldest first; whoever reads
+            takes them out. None is of before this process's first `open`.
+    """
+
+    notices: deque[Notice]
 
     async def open(self) -> None:
         """Connect, give the log an epoch if it has none, and check its configuration."""
@@ -110,7 +134,14 @@ class Log(Protocol):
         """Return the log's state; `has_cursor` is about the entry at *cursor*."""
 
     async def read(self, epoch: str, after: Position, count: int, block_seconds: float) -> list[Entry]:
-        """Return up to *count* entries after *after*; wait up to *block_seconds* for one."""
+        """
+        Return up to *count* entries after *after*; wait up to *block_seconds* for one.
+
+        A notice ends the wait too; it is then in `notices`.
+        """
+
+    async def notify(self, notice: Notice) -> None:
+        """Tell every process *notice*; it arrives with their next read, once."""
 
     async def renew_epoch(self, expected: str | None) -> str:
         """Replace the epoch if it still is *expected*; return the one that now holds."""
@@ -160,6 +191,26 @@ def to_fields(draft: Draft) -> list[str]:
     if draft.retry is not None:
         fields += ["retry", str(draft.retry)]
     return fields
+
+
+def to_notice_fields(notice: Notice) -> list[str]:
+    """Return *notice* as fields of the control log: ``v 1 kind KIND`` and its own."""
+    fields = ["v", FORMAT, "kind", notice.kind]
+    for name, value in notice.fields.items():
+        fields += [name, value]
+    return fields
+
+
+def from_notice_fields(fields: dict[bytes, bytes]) -> Notice | None:
+    """Return the notice of *fields*, None where another version of the kit means something else by them."""
+    try:
+        named = {name.decode(): value.decode() for name, value in fields.items()}
+    except UnicodeDecodeError:
+        return None
+    if named.pop("v", None) != FORMAT:
+        return None
+    kind = named.pop("kind", "")
+    return Notice(kind, named) if kind else None
 
 
 def from_fields(

@@ -8,11 +8,11 @@ import asyncio
 import secrets
 import time
 from bisect import bisect_left, bisect_right
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable
 
 from app.event import Draft, Entry
-from app.log import ORIGIN, Batch, IdempotencyConflict, LogState, Position, write_id
+from app.log import ORIGIN, Batch, IdempotencyConflict, LogState, Notice, Position, write_id
 
 
 def _now_ms() -> int:
@@ -41,6 +41,7 @@ class MemoryLog:
         self._added = 0
         self._keys: OrderedDict[str, tuple[int, str, list[str]]] = OrderedDict()
         self._grown = asyncio.Event()
+        self.notices: deque[Notice] = deque()
 
     async def open(self) -> None:
         pass
@@ -79,7 +80,7 @@ class MemoryLog:
 
     async def read(self, epoch: str, after: Position, count: int, block_seconds: float) -> list[Entry]:
         start = bisect_right(self._positions, after)
-        if start == len(self._positions) and block_seconds > 0:
+        if start == len(self._positions) and block_seconds > 0 and not self.notices:
             self._grown.clear()
             try:
                 await asyncio.wait_for(self._grown.wait(), block_seconds)
@@ -92,6 +93,10 @@ class MemoryLog:
                 self._positions[start : start + count], self._drafts[start : start + count], strict=True
             )
         ]
+
+    async def notify(self, notice: Notice) -> None:
+        self.notices.append(notice)
+        self._grown.set()
 
     async def renew_epoch(self, expected: str | None) -> str:
         if self._epoch == expected:

@@ -10,7 +10,7 @@ reader compares what the log says about itself with what it has read.
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from random import Random
 from typing import cast
@@ -88,6 +88,8 @@ class Reader:
         connected: the last step reached the log.
         gaps: losses that were noticed and announced.
         broken: entries that could not be understood.
+
+    `heed` says what to do with each kind of notice; other kinds are ignored.
     """
 
     def __init__(
@@ -97,6 +99,7 @@ class Reader:
         hub: Hub,
         *,
         check_seconds: float = 1.0,
+        heed: Mapping[str, Callable[[dict[str, str]], None]] | None = None,
         clock: Callable[[], float] = time.monotonic,
         random: Random | None = None,
         logger: structlog.typing.FilteringBoundLogger | None = None,
@@ -111,6 +114,7 @@ class Reader:
         self._log = log
         self._window = window
         self._hub = hub
+        self._heed = {} if heed is None else heed
         self._check_seconds = check_seconds
         self._clock = clock
         self._random = random or Random()
@@ -163,6 +167,8 @@ class Reader:
             await self._check()
         else:
             await self._pass_on(self._check_at - now)
+        if self._log.notices:
+            self._heed_notices()
         self.progress_at = self._clock()
 
     async def located(self, id: str, wait_seconds: float = 2.0) -> int | str:
@@ -221,6 +227,10 @@ class Reader:
         if pause > 0:
             await asyncio.sleep(pause)
         entries = await self._log.read(self._read.epoch, self._read.cursor, self._count, max(0.001, block_seconds))
+        if self._log.notices:
+            # Before the events, whose flush can take a while.
+            self._read_at = self._clock()
+            self._heed_notices()
         if not entries:
             return
         self._read_at = self._clock()
@@ -241,6 +251,19 @@ class Reader:
         self.entries += len(entries)
         await finish(self._hub.flush(entries))
         self._moved.set()
+
+    def _heed_notices(self) -> None:
+        notices = self._log.notices
+        while notices:
+            notice = notices.popleft()
+            heed = self._heed.get(notice.kind)
+            if heed is None:
+                continue  # another version of the kit runs beside this one
+            try:
+                heed(notice.fields)
+            except Exception as error:
+                # One that cannot be heeded must not stop all streams' events.
+                self._logger.error("notice_failed", kind=notice.kind, exc_info=error)
 
     def _pass_mark(self, entries: list[Entry], end: Position, added: int) -> None:
         """

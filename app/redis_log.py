@@ -7,6 +7,7 @@ Publishers never trim. All keys share one hash tag, so that a Cluster can hold t
 
 import asyncio
 import secrets
+from collections import deque
 from collections.abc import Awaitable
 from typing import Any, cast
 
@@ -21,9 +22,12 @@ from app.log import (
     IdempotencyConflict,
     LogState,
     LogUnavailable,
+    Notice,
     Position,
     from_fields,
+    from_notice_fields,
     to_fields,
+    to_notice_fields,
 )
 
 # KEYS: log, epoch, idempotency key. ARGV: new epoch, fingerprint, seconds to
@@ -99,9 +103,23 @@ return {
 """
 
 
+# KEYS: control log. ARGV: how long it keeps notices in ms, most of them, fields.
+# Trimmed by who writes: nothing is written where nobody has anything to tell.
+_NOTIFY = """
+local time = redis.call('TIME')
+local now = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
+local horizon = string.format('%.0f', math.max(0, now - tonumber(ARGV[1])))
+redis.call('XADD', KEYS[1], 'MINID', '~', horizon, '*', unpack(ARGV, 3))
+redis.call('XTRIM', KEYS[1], 'MAXLEN', '~', ARGV[2])
+"""
+
+# A crowd that evicts itself writes thousands a second; this many are some 10 MB.
+_MOST_NOTICES = 100_000
+
+
 class RedisLog:
     """
-    See `app.log.Log`.
+    See `app.log.Log`. The control log is a second Redis Stream, read in the same `XREAD`.
 
     The reader has one connection of its own, without retries: after a
     connection was lost it must check the log before it reads on, so nothing
@@ -119,12 +137,20 @@ class RedisLog:
         publish_timeout_seconds: float = 3.0,
         wait_replicas: int = 0,
         idempotency_seconds: float = 600,
+        control_seconds: float = 600,
         max_topics: int = 50,
         max_event_bytes: int = 1_048_576,
         logger: structlog.typing.FilteringBoundLogger | None = None,
     ) -> None:
         self.log_key = f"{{{prefix}}}:log"
         self.epoch_key = f"{{{prefix}}}:epoch"
+        self.control_key = f"{{{prefix}}}:control"
+        self._control_name = self.control_key.encode()
+        self.notices: deque[Notice] = deque()
+        # The last notice that was read; None before the first look.
+        self._control: Position | None = None
+        # The epoch of the last read; another one means to look where the control log ends.
+        self._control_epoch = ""
         self._idempotency_prefix = f"{{{prefix}}}:idempotency:"
         self._history_ms = int(history_seconds * 1000)
         self._max_events = max_events
@@ -132,6 +158,7 @@ class RedisLog:
         self._publish_timeout = publish_timeout_seconds
         self._wait_replicas = wait_replicas
         self._idempotency_ms = int(idempotency_seconds * 1000)
+        self._control_ms = int(control_seconds * 1000)
         self._own_key_ms = int(publish_timeout_seconds * 2000) + 1000
         self._max_topics = max_topics
         self._max_event_bytes = max_event_bytes
@@ -141,6 +168,7 @@ class RedisLog:
         self._reader = redis_client.client(url, timeout_seconds=timeout_seconds, single_connection_client=True)
         self._publisher = redis_client.client(url, timeout_seconds=timeout_seconds, max_connections=64)
         self._publish = self._publisher.register_script(_PUBLISH)
+        self._notify = self._publisher.register_script(_NOTIFY)
         self._renew = self._reader.register_script(_RENEW)
         self._trim = self._reader.register_script(_TRIM)
         self._state = self._reader.register_script(_STATE)
@@ -151,6 +179,7 @@ class RedisLog:
         await redis_client.close(self._reader)
         await _told(self._reader.ping())
         await self._check_policy()
+        await self._find_control()
 
     async def publish(self, batch: Batch) -> list[str]:
         args: list[str | int] = [
@@ -230,20 +259,34 @@ class RedisLog:
         )
 
     async def read(self, epoch: str, after: Position, count: int, block_seconds: float) -> list[Entry]:
+        if epoch != self._control_epoch:
+            await self._find_control()
+            self._control_epoch = epoch
         command: list[str | int] = ["XREAD", "COUNT", count]
         if block_seconds > 0:
             # Shorter than the socket's timeout, so that an unanswered read is a dead
             # Redis. An idle one wakes waiting clients only ten times a second.
             block = min(block_seconds, self._timeout / 2 - 0.1)
             command += ["BLOCK", max(1, int(block * 1000))]
-        command += ["STREAMS", self.log_key, _text(after)]
+        control = self._control or ORIGIN
+        command += ["STREAMS", self.log_key, self.control_key, _text(after), _text(control)]
         answer = await _told(cast(Any, self._reader).execute_command(*command))
-        if not answer:
-            return []
-        [(_, rows)] = answer
-        return [
-            from_fields(epoch, _position(id), fields, self._max_topics, self._max_event_bytes) for id, fields in rows
-        ]
+        entries: list[Entry] = []
+        # RESP3 (`?protocol=3`) has a map here, and one more list around the rows.
+        found = [(key, rows[0]) for key, rows in answer.items()] if isinstance(answer, dict) else answer or ()
+        for key, rows in found:
+            if key == self._control_name:
+                self._take_notices(rows)
+            else:
+                entries = [
+                    from_fields(epoch, _position(id), fields, self._max_topics, self._max_event_bytes)
+                    for id, fields in rows
+                ]
+        return entries
+
+    async def notify(self, notice: Notice) -> None:
+        args: list[str | int] = [self._control_ms, _MOST_NOTICES, *to_notice_fields(notice)]
+        await _told(self._notify(keys=[self.control_key], args=args))
 
     async def renew_epoch(self, expected: str | None) -> str:
         answer = await _told(self._renew(keys=[self.epoch_key], args=[expected or "", secrets.token_hex(4)]))
@@ -276,6 +319,25 @@ class RedisLog:
     async def close(self) -> None:
         await redis_client.close(self._reader)
         await redis_client.close(self._publisher)
+
+    async def _find_control(self) -> None:
+        """
+        Begin at the control log's end; afterwards go back only where the log itself did.
+
+        After FLUSHALL or a failover to a replica whose clock is behind, new
+        notices can have ids before the last one that was read.
+        """
+        rows = await _told(cast(Any, self._reader).execute_command("XREVRANGE", self.control_key, "+", "-", "COUNT", 1))
+        last = _position(rows[0][0]) if rows else ORIGIN
+        if self._control is None or last < self._control:
+            self._control = last
+
+    def _take_notices(self, rows: Any) -> None:
+        for id, fields in rows:
+            self._control = _position(id)
+            notice = from_notice_fields(fields)
+            if notice is not None:
+                self.notices.append(notice)
 
     async def _check_policy(self) -> None:
         """Refuse a Redis that may evict the log to make room."""

@@ -14,7 +14,7 @@ import asyncio
 import heapq
 import json
 from bisect import bisect_left, bisect_right
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
@@ -30,7 +30,7 @@ from app import routes as routes_module
 from app import window as window_module
 from app.event import Entry, Piece, encode, matches
 from app.hub import Hub, Pace
-from app.log import ORIGIN, Batch, LogState, LogUnavailable, Position, from_fields, read_id
+from app.log import ORIGIN, Batch, LogState, LogUnavailable, Notice, Position, from_fields, read_id
 from app.metrics import Tally
 from app.parser import Parser, ServerSentEvent
 from app.problem import Problem
@@ -275,6 +275,7 @@ class ServerLog:
         self.connected = False
         self.told_history = -1  # which history the last state was of
         self._waiter: asyncio.Future[list[Record]] | None = None
+        self.notices: deque[Notice] = deque()
 
     def break_off(self) -> None:
         """Lose the reader's connection."""
@@ -324,6 +325,9 @@ class ServerLog:
         if self.away:
             raise LogUnavailable("no route")
         return self._server.at(position) is not None
+
+    async def notify(self, notice: Notice) -> None:
+        raise NotImplementedError
 
     async def trim(self) -> None:
         await self._ask(self._server.trim)

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 import pytest
 
 from app.event import Draft, Entry
-from app.log import ORIGIN, Batch, IdempotencyConflict, Log, Position, read_id
+from app.log import ORIGIN, Batch, IdempotencyConflict, Log, Notice, Position, read_id
 from app.memory_log import MemoryLog
 from app.redis_log import RedisLog
 from app.stack import Redis
@@ -410,3 +410,40 @@ class TestPing:
         A log that answers says so.
         """
         assert await log.ping()
+
+
+def evict(n: int) -> Notice:
+    return Notice("evict", {"stream": f"a-{n}", "text": "ü ="})
+
+
+class TestNotices:
+    """The control log: what processes tell each other beside the events."""
+
+    async def test_notices_come_with_the_next_read(self, log):
+        """
+        Once, in order, and beside the entries, which they do not count among.
+        """
+        await put(log, "1")
+        for n in range(3):
+            await log.notify(evict(n))
+        assert ["1"] == [entry.data for entry in await everything(log)]
+        assert [evict(0), evict(1), evict(2)] == list(log.notices)
+        log.notices.clear()
+        await everything(log)
+        assert not log.notices
+        assert 1 == (await log.state(ORIGIN)).added
+
+    async def test_a_notice_ends_the_wait_for_an_entry(self, log):
+        await everything(log)
+        began = time.monotonic()
+        reading = asyncio.create_task(log.read("e", ORIGIN, 10, 30))
+        await asyncio.sleep(0)
+        await log.notify(evict(1))
+        assert [] == await asyncio.wait_for(reading, 10)
+        assert [evict(1)] == list(log.notices)
+        assert time.monotonic() - began < 0.8
+
+    async def test_a_notice_before_the_read_ends_it_at_once(self, log):
+        await log.notify(evict(1))
+        assert [] == await asyncio.wait_for(log.read("e", ORIGIN, 10, 30), 10)
+        assert [evict(1)] == list(log.notices)

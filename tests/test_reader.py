@@ -4,16 +4,22 @@ What the reader believes of the log, and what it tells a client that comes back.
 Driven on virtual time, on the simulated server of `tests.simulated`.
 """
 
+import time
 from collections.abc import Callable
+from random import Random
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.log import ORIGIN, LogUnavailable, Position, write_id
-from app.reader import Checked, loss
-from tests.simulated import Client, Process, Server, VirtualLoop, World, fine_grained
+from app.event import Draft
+from app.hub import Hub, Pace
+from app.log import ORIGIN, Batch, LogUnavailable, Notice, Position, write_id
+from app.memory_log import MemoryLog
+from app.reader import Checked, Reader, loss
+from app.window import Window
+from tests.simulated import Client, Process, Quiet, Server, VirtualLoop, World, fine_grained
 
 
 @pytest.fixture
@@ -463,3 +469,31 @@ class TestGaps:
 
         assert 1 == reader.gaps
         assert ["stream.reset"] == self.order(world, client)
+
+
+class TestNotices:
+    """What processes tell each other comes with the reads, and never stops them."""
+
+    async def test_each_kind_has_one_who_heeds_it(self):
+        """
+        A kind that this version does not know is ignored; one that cannot be heeded stops nothing.
+        """
+        heard: list[object] = []
+
+        def fail(fields: dict[str, str]) -> None:
+            raise ValueError(fields)
+
+        log = MemoryLog(history_seconds=600, max_events=1_000)
+        window = Window(1 << 30)
+        hub = Hub(window, Pace(heartbeat=15, history=600, slow_consumer=10, max_age=480), time.monotonic, Random(1))
+        heed = {"evict": heard.append, "broken": fail}
+        reader = Reader(log, window, hub, heed=heed, logger=Quiet())  # type: ignore[arg-type]
+        for kind in ("unknown", "broken", "evict"):
+            await log.notify(Notice(kind, {"kind": kind}))
+        await log.publish(Batch.of([Draft(("t",), "x")]))
+        await reader.step()
+        assert [{"kind": "evict"}] == heard
+        await log.notify(Notice("evict", {"stream": "1"}))
+        await reader.step()
+        assert {"stream": "1"} == heard[-1]
+        assert 1 == len(window)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from app.event import Draft
-from app.log import ORIGIN, Batch, IdempotencyConflict, LogUnavailable, read_id
+from app.log import ORIGIN, Batch, IdempotencyConflict, LogUnavailable, Notice, read_id
 from app.redis_log import RedisLog
 from app.stack import Redis
 from tests.live import Proxy, Site, becomes, connect, eventually, frozen, run
@@ -43,8 +43,13 @@ async def make(server: Redis) -> AsyncIterator[Make]:
     made: list[RedisLog] = []
 
     def make(url: str = "", **options: Any) -> RedisLog:
-        options = {"history_seconds": 60, "max_events": 1000, "timeout_seconds": 1.0} | options
-        log = RedisLog(url or server.url, prefix=f"log-{next(_names)}", **options)
+        options = {
+            "prefix": f"log-{next(_names)}",
+            "history_seconds": 60,
+            "max_events": 1000,
+            "timeout_seconds": 1.0,
+        } | options
+        log = RedisLog(url or server.url, **options)
         made.append(log)
         return log
 
@@ -490,9 +495,10 @@ class TestKeys:
         await log.publish(batch("a", key="key"))
         await log.publish(batch("b"))
         await log.trim()
+        await log.notify(Notice("evict", {"n": "1"}))
         tag = log.log_key.partition(":")[0]
 
-        assert {f"{tag}:log", f"{tag}:epoch"} < set(hands.keys()) - before
+        assert {f"{tag}:log", f"{tag}:epoch", f"{tag}:control"} < set(hands.keys()) - before
         assert all(key.startswith(tag + ":") for key in set(hands.keys()) - before)
 
     async def test_two_environments(self, make):
@@ -515,3 +521,80 @@ class TestKeys:
         [key] = [key for key in set(hands.keys()) - before if "idempotency" in key]
 
         assert 2_000 < hands.pttl(key) <= 10_000
+
+
+class TestControlLog:
+    """Notices in Redis: heard by every process, none of before its start, none twice."""
+
+    async def test_every_process_hears_what_came_after_its_start(self, make):
+        early = make(prefix="control-start")
+        await early.open()
+        await early.notify(Notice("evict", {"n": "1"}))
+        late = make(prefix="control-start")
+        await late.open()
+        await late.notify(Notice("evict", {"n": "2"}))
+        for log, heard in ((early, ["1", "2"]), (late, ["2"])):
+            await everything(log)
+            assert heard == [notice.fields["n"] for notice in log.notices]
+
+    async def test_a_lost_connection_misses_nothing(self, make, proxy):
+        """
+        What was told while the reader was cut off is read afterwards, once.
+        """
+        teller, log = make(prefix="control-cut"), make(proxy.url, prefix="control-cut")
+        await log.open()
+        await teller.notify(Notice("revoke", {"n": "1"}))
+        await everything(log)
+        proxy.cut()
+        await teller.notify(Notice("revoke", {"n": "2"}))
+        with pytest.raises(LogUnavailable):
+            await everything(log)
+        await log.open()
+        await everything(log)
+        assert ["1", "2"] == [notice.fields["n"] for notice in log.notices]
+
+    async def test_after_the_clock_went_back(self, make, hands):
+        """
+        FLUSHALL, or a replica whose clock is behind: new notices can have smaller ids.
+        """
+        log = make()
+        await log.open()
+        await log.notify(Notice("evict", {"n": "1"}))
+        await log.read("before", ORIGIN, 10, 0)
+        hands.delete(log.control_key)
+        await log.read("after", ORIGIN, 10, 0)
+        hands.xadd(log.control_key, {"v": "1", "kind": "evict", "n": "2"}, id="5-0")
+        await log.read("after", ORIGIN, 10, 0)
+        assert ["1", "2"] == [notice.fields["n"] for notice in log.notices]
+
+    @pytest.mark.parametrize(
+        "fields", [{"v": "2", "kind": "evict"}, {"v": "1"}, {"kind": "evict"}, {"v": b"1", "kind": b"\xff"}]
+    )
+    async def test_what_another_version_wrote_is_passed_over(self, make, hands, fields):
+        log = make()
+        await log.open()
+        hands.xadd(log.control_key, fields)
+        await log.notify(Notice("evict", {"n": "1"}))
+        await everything(log)
+        assert [Notice("evict", {"n": "1"})] == list(log.notices)
+
+    async def test_old_notices_are_dropped(self, make, hands):
+        """
+        By their age; Redis drops whole nodes of a hundred.
+        """
+        log = make(control_seconds=0.001)
+        await log.open()
+        for n in range(400):
+            await log.notify(Notice("evict", {"n": str(n)}))
+        assert hands.xlen(log.control_key) <= 200
+
+    async def test_resp3(self, make, server):
+        """
+        `?protocol=3` in SSE_REDIS_URL changes the answers' form, not what is read.
+        """
+        log = make(server.url + "?protocol=3")
+        await log.open()
+        await log.publish(batch("1"))
+        await log.notify(Notice("evict", {"n": "1"}))
+        assert ["1"] == await everything(log)
+        assert [Notice("evict", {"n": "1"})] == list(log.notices)
