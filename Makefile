@@ -82,7 +82,7 @@ lock: test-venv ## Write both requirements.txt anew, with hashes.
 .PHONY: clean
 clean: ## End every stack of this clone and remove all that make made.
 	@if [ -x $(PYTHON) ]; then $(STACK) down --all; fi
-	@rm -rf .venv .python .run .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	@rm -rf .venv .python .run .cache .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Not for the list: what the targets above need first.

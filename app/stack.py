@@ -27,6 +27,7 @@ import shlex
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -421,11 +422,13 @@ class App(Part):
 
 class Nginx(Part):
     """
-    nginx with the kit's own nginx.conf, byte for byte, in front of the applications.
+    nginx with the kit's own files, byte for byte, in front of the applications.
 
-    Only the address (listen.conf) and the processes (upstream.conf) are
-    generated. Tests that scale the timeout ladder down replace values of
-    directives: `directives={"proxy_read_timeout": "2s"}`.
+    Only what differs from place to place is generated: addresses, processes,
+    and who is exempt from the limits: this machine, unless `exempt` says
+    otherwise. `tls` names a folder with tls.crt and tls.key: then it speaks TLS,
+    HTTP/1.1 and HTTP/2. Tests that scale the timeout ladder down replace values
+    of directives: `directives={"proxy_read_timeout": "2s"}`.
     """
 
     # SIGKILL would leave its workers; SIGTERM ends them at once.
@@ -440,13 +443,23 @@ class Nginx(Part):
         binary: str | None = None,
         directives: Mapping[str, str] | None = None,
         detached: bool = False,
+        tls: Path | None = None,
+        exempt: Sequence[str] = ("127.0.0.0/8", "::1"),
     ) -> None:
         super().__init__("nginx", directory, port=port, detached=detached)
+        self.metrics_port = self._reserve()
         self.binary = binary or find_tool("nginx")
         self.access_log_path = directory / "access.log"
         self.servers = list(servers)
         self.directives = dict(directives or {})
+        self.tls = tls
+        self.exempt = list(exempt)
         self.prefix = directory / "nginx"
+
+    @property
+    def url(self) -> str:
+        """Where the process answers."""
+        return f"{'https' if self.tls else 'http'}://127.0.0.1:{self.port}"
 
     def command(self) -> list[str]:
         """Return the program and its arguments."""
@@ -460,43 +473,79 @@ class Nginx(Part):
 
     def start(self) -> None:
         """Write the configuration and start nginx."""
-        self.prefix.mkdir(parents=True, exist_ok=True)
-        source = ROOT / "nginx"
-        text = (source / "nginx.conf").read_text()
-        for name, value in self.directives.items():
-            text, count = re.subn(rf"(?m)^(\s*{re.escape(name)}\s+)[^;]+;", rf"\g<1>{value};", text)
-            if not count:
-                raise StackError(f"directives must name ones of nginx.conf, got {name!r}.")
-        (self.prefix / "nginx.conf").write_text(text)
-        (self.prefix / "listen.conf").write_text(self._listen((source / "listen.conf").read_text()))
-        (self.prefix / "upstream.conf").write_text(
-            "".join(f"server {server} max_fails=0;\n" for server in self.servers)
-        )
+        self.write()
         super().start()
+
+    def write(self) -> None:
+        """Write the configuration; SIGHUP makes a running nginx take it."""
+        source = ROOT / "nginx"
+        missing = set(self.directives)
+        for path in (*source.glob("*.conf"), *source.glob("snippets/*.conf")):
+            text = path.read_text()
+            for name, value in self.directives.items():
+                text, count = re.subn(rf"(?m)^(\s*{re.escape(name)}\s+)[^;]+;", rf"\g<1>{value};", text)
+                if count:
+                    missing.discard(name)
+            target = self.prefix / path.relative_to(source)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_text(text)
+        if missing:
+            raise StackError(f"directives must name ones of nginx/, got {', '.join(sorted(missing))!r}.")
+        listen = (source / ("listen.tls.conf" if self.tls else "listen.conf")).read_text()
+        (self.prefix / "listen.conf").write_text(self._listen(listen))
+        (self.prefix / "listen-metrics.conf").write_text(f"listen 127.0.0.1:{self.metrics_port};\n")
+        (self.prefix / "exempt.conf").write_text("".join(f"{network} 1;\n" for network in self.exempt))
+        (self.prefix / "upstream.conf").write_text(self._upstream())
+        if self.tls:
+            (self.prefix / "tls").mkdir(exist_ok=True)
+            for name in ("tls.crt", "tls.key"):
+                shutil.copyfile(self.tls / name, self.prefix / "tls" / name)
 
     def probe(self) -> bool:
         """Return whether it answers; the applications may not yet."""
-        return _status(f"127.0.0.1:{self.port}", "/healthz") is not None
+        return _status(f"127.0.0.1:{self.port}", "/healthz", tls=self.tls is not None) is not None
+
+    def _upstream(self) -> str:
+        # The generator that Kubernetes and people use, too.
+        command = ["sh", str(ROOT / "nginx/upstream.sh"), "static", *self.servers]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
     def _listen(self, shipped: str) -> str:
-        options = re.search(r"(?m)^listen 8080( .*)?;$", shipped)
-        assert options, "nginx/listen.conf must hold `listen 8080 ...;`"
-        text = options[1] or ""
+        line = re.search(r"(?m)^listen (8080|8443)( .*)?;$", shipped)
+        assert line, "nginx/listen.conf and nginx/listen.tls.conf must hold `listen PORT ...;`"
+        text = line[2] or ""
         if not LINUX:  # neither works the same way there
             text = re.sub(r" reuseport| so_keepalive=\S+", "", text)
+        rest = "".join(f"{other}\n" for other in shipped.splitlines() if re.match("[a-z]", other) and other != line[0])
+        if self.tls and nginx_version(self.binary) < (1, 25, 1):  # as listen.tls.conf says
+            text, rest = text.replace(" ssl", " ssl http2"), rest.replace("http2 on;\n", "")
         addresses = [f"127.0.0.1:{self.port}"]
         with contextlib.suppress(OSError), socket.socket(socket.AF_INET6) as probe:
             probe.bind(("::1", 0))  # `localhost` is ::1 first in most browsers
             addresses.append(f"[::1]:{self.port}")
-        return "".join(f"listen {address}{text};\n" for address in addresses)
+        return "".join(f"listen {address}{text};\n" for address in addresses) + rest
 
     def _open_stdout(self) -> IO[bytes]:
         # nginx.conf writes the access log to /dev/stdout.
         return self.access_log_path.open("ab")
 
 
-def _status(address: str, path: str) -> int | None:
+@functools.cache
+def nginx_version(binary: str) -> tuple[int, ...]:
+    """Return the version of *binary*, as `(1, 30, 6)`."""
+    said = subprocess.run([binary, "-v"], capture_output=True, text=True, check=False).stderr
+    found = re.search(r"nginx/([0-9.]+)", said)
+    if not found:
+        raise StackError(f"nginx must say its version, but `{binary} -v` said {said!r}.")
+    return tuple(int(number) for number in found[1].split("."))
+
+
+def _status(address: str, path: str, *, tls: bool = False) -> int | None:
     connection = http.client.HTTPConnection(address, timeout=2)
+    if tls:  # our own process on our own port: nothing to verify
+        context = ssl.create_default_context()
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        connection = http.client.HTTPSConnection(address, timeout=2, context=context)
     try:
         connection.request("GET", path)
         return connection.getresponse().status
@@ -529,7 +578,8 @@ class Stack:
         port: nginx's port; None takes a free one.
         directory: logs and data; None makes a temporary one and removes it.
         nginx_binary: another nginx than the one on PATH.
-        nginx_directives: values to replace in nginx.conf, by directive.
+        nginx_directives: values to replace in nginx's files, by directive.
+        nginx_options: other keywords of `Nginx`: `tls`, `exempt`.
         detached: the processes outlive this one (`make up`).
 
     All parts are made, with their ports, before any is started, so a test may
@@ -547,6 +597,7 @@ class Stack:
         directory: Path | str | None = None,
         nginx_binary: str | None = None,
         nginx_directives: Mapping[str, str] | None = None,
+        nginx_options: Mapping[str, Any] | None = None,
         detached: bool = False,
     ) -> None:
         self._temporary = directory is None
@@ -563,7 +614,7 @@ class Stack:
             servers = [f"127.0.0.1:{app.port}" for app in self.apps]
             self.nginx = Nginx(
                 self.directory, servers, port=port, binary=nginx_binary,
-                directives=nginx_directives, detached=detached,
+                directives=nginx_directives, detached=detached, **(nginx_options or {}),
             )  # fmt: skip
 
     @property
@@ -594,7 +645,7 @@ class Stack:
                     part.start()
                 for part in group:
                     part.wait_ready(timeout)
-            if self.nginx and (status := _status(f"127.0.0.1:{self.nginx.port}", "/readyz")) != 200:
+            if self.nginx and (status := self._status_through_nginx()) != 200:
                 raise StackError(
                     f"nginx must reach the application, but /readyz answered {status}." + self.nginx._last_lines()
                 )
@@ -602,6 +653,10 @@ class Stack:
             self.close()
             raise
         return self
+
+    def _status_through_nginx(self) -> int | None:
+        assert self.nginx is not None
+        return _status(f"127.0.0.1:{self.nginx.port}", "/readyz", tls=self.nginx.tls is not None)
 
     def close(self) -> None:
         """Kill all parts, in the order in which `down` ends them."""
