@@ -62,7 +62,9 @@ class Kit:
             heed=self.heed,
         )
         self.pulse = Pulse(self.hub)
-        self.metrics = Metrics(self.tally, self.hub, self.window, self.reader, self.pulse)
+        self.metrics = Metrics(
+            self.tally, self.hub, self.window, self.reader, self.pulse, max_streams=settings.max_streams
+        )
         self.failed = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self._streams = 0
@@ -148,6 +150,7 @@ class Kit:
 
     def _ended(self, stream: Stream) -> None:
         self.tally.ended[stream.reason] += 1
+        self.tally.replays.observe(stream.replayed)
         self.logger.info(
             "stream_ended",
             # Not the context's: any task may be the one that ends a stream.

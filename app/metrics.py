@@ -12,8 +12,9 @@ from typing import Protocol
 from wsgiref.simple_server import WSGIServer
 
 from prometheus_client import CollectorRegistry, PlatformCollector, ProcessCollector, start_http_server
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
+from app.histogram import Histogram
 from app.hub import Hub
 from app.reader import Reader
 from app.stream import REASONS
@@ -30,16 +31,28 @@ class Tally:
     soft_failed: int = 0
     handed_off: int = 0
     resumed: int = 0
+    # Events that one stream caught up with, counted when it ends.
+    replays: Histogram = field(default_factory=lambda: Histogram(0, 1, 10, 100, 1_000, 10_000, 100_000))
 
 
 class _Lag(Protocol):
     longest_hold_seconds: float
+    lag: Histogram
 
 
 class Metrics:
-    """Reads the parts of one process when Prometheus asks."""
+    """
+    Reads the parts of one process when Prometheus asks.
 
-    def __init__(self, tally: Tally, hub: Hub, window: Window, reader: Reader, pulse: _Lag) -> None:
+    Attributes:
+        handoff: connections are taken over from Hypercorn; known once it serves.
+    """
+
+    def __init__(
+        self, tally: Tally, hub: Hub, window: Window, reader: Reader, pulse: _Lag, *, max_streams: int
+    ) -> None:
+        self.handoff = False
+        self._max_streams = max_streams
         self._tally = tally
         self._hub = hub
         self._window = window
@@ -68,13 +81,16 @@ class Metrics:
         hub, window, reader, tally = self._hub, self._window, self._reader, self._tally
         counts = hub.counts
         yield _gauge("sse_streams_open", "Streams open now.", len(hub))
+        yield _gauge("sse_streams_limit", "Most streams of this process: SSE_MAX_STREAMS.", self._max_streams)
         yield _counter("sse_streams_opened", "Streams opened.", counts.opened)
         yield _labelled("sse_streams_ended", "Streams ended, by reason.", "reason", tally.ended.items())
         yield _counter("sse_streams_resumed", "Streams opened with a position.", tally.resumed)
         yield _counter("sse_streams_handed_off", "Streams on a taken-over connection.", tally.handed_off)
+        yield _gauge("sse_handoff", "1 if connections are taken over from Hypercorn, as they should.", int(self.handoff))
         yield _counter("sse_deliveries", "Events written to streams.", counts.deliveries)
         yield _counter("sse_delivered_bytes", "Bytes written to streams.", counts.bytes)
         yield _counter("sse_replayed", "Events written to streams that were behind.", counts.replayed)
+        yield _histogram("sse_replay_events", "Events that a stream caught up with, when it ends.", tally.replays)
         yield _counter("sse_heartbeats", "Heartbeats written.", counts.heartbeats)
         yield _counter("sse_positions", "Events stream.position written.", counts.positions)
         yield _counter("sse_resets", "Events stream.reset written.", counts.resets)
@@ -90,6 +106,14 @@ class Metrics:
         yield _counter("sse_log_entries_broken", "Entries of the log that could not be understood.", reader.broken)
         yield _counter("sse_log_gap", "Losses of history noticed and announced.", reader.gaps)
         yield _counter("sse_log_errors", "Times that the log was away.", reader.errors)
+        yield _gauge(
+            "sse_reader_lag_seconds", "How far the reader was behind the log, at its last check.", reader.lag_seconds
+        )
+        yield _histogram(
+            "sse_publish_to_write_seconds",
+            "From the log's taking an event to its being written to this process's streams, once per batch.",
+            reader.latency,
+        )
         yield _gauge("sse_log_connected", "1 if the reader reaches the log.", int(reader.connected))
         yield _gauge("sse_window_events", "Events in the window.", len(window))
         yield _gauge("sse_window_bytes", "Estimated memory of the window.", window.bytes)
@@ -103,6 +127,7 @@ class Metrics:
             "Longest delay of the event loop since the start.",
             self._pulse.longest_hold_seconds,
         )
+        yield _histogram("sse_loop_lag_seconds", "How late the event loop's ticks came.", self._pulse.lag)
 
 
 def _gauge(name: str, about: str, value: float) -> Metric:
@@ -111,6 +136,10 @@ def _gauge(name: str, about: str, value: float) -> Metric:
 
 def _counter(name: str, about: str, value: float) -> Metric:
     return CounterMetricFamily(name, about, value=value)
+
+
+def _histogram(name: str, about: str, histogram: Histogram) -> Metric:
+    return HistogramMetricFamily(name, about, buckets=histogram.cumulative(), sum_value=histogram.sum)
 
 
 def _labelled(name: str, about: str, label: str, rows: Iterable[tuple[str, float]]) -> Metric:

@@ -8,6 +8,7 @@ drive it. Here are the only timers: one for all streams.
 import asyncio
 from contextvars import Context
 
+from app.histogram import Histogram
 from app.hub import Hub
 
 
@@ -16,10 +17,12 @@ class Pulse:
     Attributes:
         longest_hold_seconds: longest that a tick came late, since the start:
             how long the event loop was held by something else.
+        lag: seconds that each tick came late.
     """
 
     def __init__(self, hub: Hub) -> None:
         self.longest_hold_seconds = 0.0
+        self.lag = Histogram(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
         self._hub = hub
         self._pumping = False
         self._error: Exception | None = None
@@ -36,6 +39,7 @@ class Pulse:
             expected = clock() + interval
             await asyncio.sleep(interval)
             late = clock() - expected
+            self.lag.observe(max(0.0, late))
             if late > self.longest_hold_seconds:
                 self.longest_hold_seconds = late
             for _ in self._hub.tick():

@@ -18,6 +18,7 @@ from typing import cast
 import structlog
 
 from app.event import Entry
+from app.histogram import Histogram
 from app.hub import Hub
 from app.log import (
     ORIGIN,
@@ -88,6 +89,10 @@ class Reader:
         connected: the last step reached the log.
         gaps: losses that were noticed and announced.
         broken: entries that could not be understood.
+        lag_seconds: how much older than the log's newest entry this process's
+            newest one was, at the last check.
+        latency: seconds from the log's taking an entry to its being written to
+            the streams; one observation per batch, of its oldest entry.
 
     `heed` says what to do with each kind of notice; other kinds are ignored.
     """
@@ -110,6 +115,8 @@ class Reader:
         self.broken = 0
         self.entries = 0
         self.errors = 0
+        self.lag_seconds = 0.0
+        self.latency = Histogram(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
         self.progress_at = clock()
         self._log = log
         self._window = window
@@ -250,6 +257,8 @@ class Reader:
         self._note(entries)
         self.entries += len(entries)
         await finish(self._hub.flush(entries))
+        made = made_ms(cast(Position, entries[0].position))
+        self.latency.observe(max(0.0, self._now_ms() - made) / 1000)
         self._moved.set()
 
     def _heed_notices(self) -> None:
@@ -305,6 +314,8 @@ class Reader:
             if self._mark is None and state.last > self._read.cursor:
                 self._mark = (state.last, state.added)
         self._clock_ms = (state.now_ms, self._clock())
+        behind = made_ms(state.last) - made_ms(self._read.cursor) if state.last > self._read.cursor else 0
+        self.lag_seconds = max(0.0, behind / 1000)
         if made_ms(state.last) > state.now_ms + _AHEAD_MS:
             self._logger.error(
                 "log_ahead_of_clock",

@@ -157,6 +157,7 @@ def _abort_requests() -> None:
 def _say_how(kit: Kit) -> None:
     settings = kit.settings
     why = handoff.UNFIT if settings.handoff == "auto" else "SSE_HANDOFF=off"
+    kit.metrics.handoff = why is None
     kit.logger.info(
         "starting",
         process=kit.process,

@@ -41,7 +41,7 @@ class TestNames:
             assert re.fullmatch(r"sse(_[a-z]+)+", family.name), family.name
             assert not WRONG_UNITS.search(family.name), family.name
             assert family.documentation.endswith("."), family.name
-            assert family.type in ("counter", "gauge"), family.name
+            assert family.type in ("counter", "gauge", "histogram"), family.name
             for sample in family.samples:
                 assert sample.name.endswith("_total") == (family.type == "counter"), sample.name
 
@@ -123,7 +123,14 @@ class TestValues:
         } == {name: value for name, value in moved.items() if name in _COUNTED or name == ended}
         assert moved["sse_heartbeats_total"] >= 1
         assert moved["sse_delivered_bytes_total"] >= len(stream.raw) - 8 * stream.raw.count(b"\r\n")
+        assert 1 == moved['sse_replay_events_bucket{le="1.0"}']
+        assert 1 <= moved["sse_publish_to_write_seconds_count"] <= 3
+        assert 0 <= after["sse_publish_to_write_seconds_sum"] < 20
+        assert moved["sse_loop_lag_seconds_count"] >= 1
         assert 1 == after["sse_log_connected"]
+        assert 1 == after["sse_handoff"]
+        assert 15_000 == after["sse_streams_limit"]
+        assert 0 <= after["sse_reader_lag_seconds"] < 20
         assert 0 == after["sse_log_gap_total"]
 
     async def test_refusals(self, app):
