@@ -71,7 +71,7 @@ test-mutations: test-packages test-venv ## Break each guarantee, see its test fa
 
 .PHONY: bench
 bench: bench-packages test-venv ## Measure against the peers (QUICK=1: under 5 minutes).
-	@QUICK=$(QUICK) $(PYTHON) -m loadtest.bench
+	@QUICK=$(QUICK) $(PYTHON) -m loadtest.bench --install
 
 ##@ Maintain
 

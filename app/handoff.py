@@ -31,7 +31,6 @@ Hypercorn, another server), `Pulled` serves the same stream as a generator.
 import array
 import asyncio
 import fcntl
-import os
 import socket
 import termios
 from collections import deque
@@ -51,7 +50,7 @@ from hypercorn.protocol.http_stream import ASGIHTTPState, HTTPStream
 
 from app.event import Piece
 from app.hub import Hub
-from app.stream import Stream
+from app.stream import Stream, send_nothing
 
 # A peer that takes nothing never finishes closing; then the connection is cut.
 CLOSE_SECONDS = 2.0
@@ -60,6 +59,8 @@ CLOSE_SECONDS = 2.0
 _PULLED_BYTES = 65_536
 _PULLED_PIECE = 16_384
 _LAST_CHUNK = b"0\r\n\r\n"
+# So that Python's own socket never waits. macOS takes it from the descriptor alone.
+_NONBLOCK: int = getattr(socket, "SOCK_NONBLOCK", 0)
 
 
 class _Closed:
@@ -94,25 +95,29 @@ _DEAF: Any = _Deaf()
 class Connection(asyncio.Protocol):
     """A sink on a transport that was Hypercorn's. See `app.stream.Sink`."""
 
-    __slots__ = ("_fd", "_hub", "_stream", "_timer", "_transport")
+    __slots__ = ("_hub", "_socket", "_stream", "_timer", "_transport")
 
     def __init__(self, transport: asyncio.Transport, fd: int, stream: Stream, hub: Hub) -> None:
         self._transport = transport
-        self._fd = fd
+        # The transport's descriptor, lent until `connection_lost`. Its `send` is
+        # send(2), which takes a shorter way through the kernel than write(2).
+        self._socket = socket.SocketType(socket.AF_INET, socket.SOCK_STREAM | _NONBLOCK, 0, fd)
         self._stream = stream
         self._hub = hub
         self._timer: asyncio.TimerHandle | None = None
+        stream.send = self._socket.send
 
-    def write(self, piece: Piece) -> bool:
+    def write(self, piece: Piece, sent: int = 0) -> bool:
         chunk = piece.chunk
-        try:
-            sent = os.write(self._fd, chunk)
-        except BlockingIOError:
-            sent = 0
-        except OSError:
-            self.abort()
-            self._hub.gone(self._stream)
-            return True
+        if not sent:
+            try:
+                sent = self._socket.send(chunk)
+            except BlockingIOError:
+                pass
+            except OSError:
+                self.abort()
+                self._hub.gone(self._stream)
+                return True
         if sent == len(chunk):
             return True
         self._put(memoryview(chunk)[sent:])
@@ -134,7 +139,7 @@ class Connection(asyncio.Protocol):
         self._transport.abort()
 
     def unsent(self) -> int:
-        return self._transport.get_write_buffer_size() + _unacknowledged(self._fd)
+        return self._transport.get_write_buffer_size() + _unacknowledged(self._socket.fileno())
 
     # --- asyncio.Protocol
 
@@ -149,6 +154,10 @@ class Connection(asyncio.Protocol):
         return True
 
     def connection_lost(self, exc: Exception | None) -> None:
+        # The transport closes the descriptor after this: let go of it, or this
+        # object would close somebody else's one day.
+        self._stream.send = send_nothing
+        self._socket.detach()
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -215,7 +224,7 @@ class Pulled:
                 # Not 0: over TLS that is reached by an empty buffer, for ever.
                 below.transport.set_write_buffer_limits(high=1)
 
-    def write(self, piece: Piece) -> bool:
+    def write(self, piece: Piece, sent: int = 0) -> bool:
         self._pieces.append(memoryview(piece.chunk)[-2 - piece.size : -2])
         self._held += piece.size
         self._wake()

@@ -34,13 +34,16 @@ REASONS = (
 
 
 class Sink(Protocol):
-    """A stream's connection. It calls the stream's `writable` and `gone`."""
+    """A stream's connection. It calls the hub's `writable` and `gone`."""
 
-    def write(self, piece: Piece) -> bool:
+    def write(self, piece: Piece, sent: int = 0) -> bool:
         """
-        Send *piece*. False: part of it waits, do not write until `Stream.writable`.
+        Send *piece*, but for the first *sent* bytes of its chunk, which have gone.
 
-        Never raises; a connection that turns out to be gone calls `Stream.gone`.
+        Never raises; a connection that turns out to be gone calls `Hub.gone`.
+
+        Returns:
+            False where part of it waits: do not write until `Hub.writable`.
         """
 
     def close(self, piece: Piece | None) -> None:
@@ -53,9 +56,34 @@ class Sink(Protocol):
         """Return the bytes that the client has not taken, kernel's included."""
 
 
-class Stream:
+# Room for a terabyte in the lower half of `Stream.sent`.
+_BYTES_BITS = 40
+_BYTES_MASK = (1 << _BYTES_BITS) - 1
+
+
+def packed(events: int, size: int) -> int:
+    """Return both in one number, so that a delivery counts with one addition."""
+    return (events << _BYTES_BITS) + size
+
+
+def send_nothing(chunk: bytes) -> int:
+    """Stand where a sink has no short way for live events: all goes by `Sink.write`."""
+    return 0
+
+
+class _Hot:
+    """What each delivery touches, side by side: on a cold cache that is 2 % of it."""
+
+    __slots__ = ("cursor", "event_at", "send", "sent", "state")
+
+
+class Stream(_Hot):
     """
     One client. Made by a route, given to the hub, ended once.
+
+    `send` is the short way for live events, without a call of ours in between:
+    it gives a chunk to the kernel and returns how many bytes were taken, or
+    raises OSError. What it did not take, `sink` sends.
 
     `cursor` counts while the stream is behind; a live stream's position is the
     later one of its cursor and what the hub has settled.
@@ -65,12 +93,8 @@ class Stream:
         "allowed",
         "beat_at",
         "blocked_at",
-        "bytes",
-        "cursor",
         "due",
         "end_at",
-        "event_at",
-        "events",
         "head",
         "id",
         "on_end",
@@ -82,7 +106,6 @@ class Stream:
         "request_id",
         "resumed_from",
         "sink",
-        "state",
         "topics",
         "unsent",
         "user",
@@ -110,6 +133,7 @@ class Stream:
         self.allowed = allowed
         self.on_end = on_end
         self.sink: Sink = None  # type: ignore[assignment]
+        self.send: Callable[[bytes], int] = send_nothing
         self.state = BEHIND
         self.reason = ""
         # Blocks that go out before anything else: `stream.open`, `stream.reset`.
@@ -125,6 +149,15 @@ class Stream:
         self.beat_at = 0.0  # last comment
         self.end_at = 0.0  # when its age ends it
         self.due = 0  # the hub's tick that looks at it next
-        self.events = 0
-        self.bytes = 0
+        self.sent = 0  # events and bytes so far; see `packed`
         self.replayed = 0
+
+    @property
+    def events(self) -> int:
+        """Events written so far, those of the kit not counted."""
+        return self.sent >> _BYTES_BITS
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of text/event-stream written so far."""
+        return self.sent & _BYTES_MASK

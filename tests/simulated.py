@@ -671,7 +671,7 @@ class Wire:
 
     # --- the hub's side
 
-    def write(self, piece: Piece) -> bool:
+    def write(self, piece: Piece, sent: int = 0) -> bool:
         assert not self.ended, f"{self.stream.id} was written to after its end"
         assert not self.buffered, f"{self.stream.id} was written to while it waits"
         assert not self.told_soon

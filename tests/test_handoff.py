@@ -24,6 +24,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import h2.config
 import h2.connection
@@ -31,7 +32,9 @@ import h2.events
 import pytest
 
 from app import handoff
+from app.handoff import Connection
 from app.stack import Nginx
+from app.stream import Stream
 from tests.inside import Inside
 from tests.wire import (
     PATIENCE_SECONDS,
@@ -818,6 +821,22 @@ class TestOtherWays:
 
 
 # --- The self-check
+
+
+def test_a_descriptor_is_lent_and_given_back():
+    """A connection that is forgotten closes no descriptor: its number may be another's by then."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        stream = Stream("a-1", ("news",))
+        connection = Connection(Mock(), ours.fileno(), stream, Mock())
+        assert 3 == stream.send(b"one")
+
+        connection.connection_lost(None)
+        del connection
+
+        assert 0 == stream.send(b"two")
+        assert b"one" == theirs.recv(9)
+        assert 5 == ours.send(b"three")
 
 
 UNKNOWN_HYPERCORN = """

@@ -28,7 +28,7 @@ class Sink:
         self.aborted = 0
         self.on_write = lambda: None
 
-    def write(self, piece: Piece) -> bool:
+    def write(self, piece: Piece, sent: int = 0) -> bool:
         assert not self.closed
         assert not self.aborted
         assert not self.rest, "written to while it waits"

@@ -23,7 +23,7 @@ VALUE = 84
 HEAD = 64
 
 PANELS = (
-    ("single", "CPU per delivery, single events", "µs", 1),
+    ("sparse", "CPU per delivery, single events", "µs", 1),
     ("burst", "Deliveries per second, bursts of 10", "", 0),
     ("pss", "Memory per idle stream (PSS)", "KB", 1),
     ("connect", "CPU per connect", "µs", 0),

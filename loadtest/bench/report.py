@@ -10,7 +10,7 @@ from pathlib import Path
 
 from .figures import LIMITS, Check, Figure, Verdict, check, make_figure, ratio
 from .peers import Peer
-from .scenario import Results, Size
+from .scenario import FULL, Results, Size
 
 
 def describe_machine() -> dict[str, object]:
@@ -63,7 +63,7 @@ class Report:
             row: {peer: make_figure(samples) for peer, samples in by_peer.items()}
             for row, by_peer in results.samples.items()
         }
-        self.checks: list[Check] = [check(limit, results.samples, versions) for limit in LIMITS if limit.row in rows]
+        self.checks: list[Check] = [check(limit, results.samples, versions, full=size.name == FULL.name) for limit in LIMITS if limit.row in rows]
 
     @property
     def broken(self) -> list[Check]:
@@ -149,7 +149,8 @@ class Report:
 
     def _peer_rows(self) -> list[list[str]]:
         columns = (
-            ("CPU µs a delivery", "single", 1.0, 2),
+            (f"CPU µs a delivery, {self.size.single_rate:g}/s", "single", 1.0, 2),
+            (f"CPU µs a delivery, {self.size.sparse_rate:g}/s", "sparse", 1.0, 2),
             ("p50 ms", "latency_p50", 1.0, 1),
             ("p99 ms", "latency_p99", 1.0, 1),
             ("deliveries/s, bursts", "burst", 1.0, 0),
@@ -161,17 +162,17 @@ class Report:
             ("longest hold ms", "hold", 1.0, 1),
         )
         shown = [column for column in columns if self.figures.get(column[1])]
-        has_floor = bool(self.results.samples.get("single", {}).get("floor"))
-        head = ["server", *(title for title, *_ in shown)]
-        if has_floor:
-            head.insert(2, "÷ floor")
+        compared = {name for name in ("single", "sparse") if self.results.samples.get(name, {}).get("floor")}
+        head = ["server"]
+        for title, name, *_ in shown:
+            head += [title, "÷ floor"] if name in compared else [title]
         rows = [head]
         for peer in self.peers:
             row = [f"{peer.title} (`{peer.name}`)"]
             for _, name, scale, digits in shown:
                 row.append(_cell(self.figure(name, peer.name), scale, digits))
-                if name == "single" and has_floor:
-                    samples = self.results.samples["single"]
+                if name in compared:
+                    samples = self.results.samples[name]
                     row.append(
                         _cell(ratio(samples[peer.name], samples["floor"]), 1.0, 2) if samples.get(peer.name) else ""
                     )

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -481,6 +482,16 @@ class TestFigures:
 
         assert Verdict.BROKEN == check(self.limit, self.samples(app, [Sample(10)])).verdict
 
+    def test_a_fifth_of_the_streams(self):
+        """
+        A limit that needs all streams is not held against a quick run.
+        """
+        limit = replace(self.limit, full_only=True)
+        samples = self.samples([Sample(2.0, 0)], [Sample(1.0, 0)])
+
+        assert Verdict.BROKEN == check(limit, samples).verdict
+        assert Verdict.UNCHECKED == check(limit, samples, full=False).verdict
+
     def test_absent_peer(self):
         """
         A ratio to a peer that was not measured is not checked, and says so.
@@ -568,12 +579,14 @@ class TestReport:
         """
         results = Results()
         for number in range(3):
-            results.add("single", "floor", Sample(8.0, number))
-            results.add("single", "app", Sample(8.8, number))
-            results.add("single", "quart", Sample(30.0, number, void="the client was busy"))
+            results.add("pss", "app", Sample(9.0, number))
+        for number in range(3):
+            results.add("sparse", "floor", Sample(8.0, number))
+            results.add("sparse", "app", Sample(8.8, number))
+            results.add("sparse", "quart", Sample(30.0, number, void="the client was busy"))
         peers = [PEERS["floor"], PEERS["app"], PEERS["quart"]]
         versions = {peer.name: "1.0" for peer in peers}
-        return RunReport(results, QUICK, peers, versions, {"nchan": "no"}, describe_machine(), "C", {"single"}, 60)
+        return RunReport(results, QUICK, peers, versions, {"nchan": "no"}, describe_machine(), "C", {"sparse", "single", "pss"}, 60)
 
     def test_table(self):
         """
@@ -591,9 +604,10 @@ class TestReport:
         """
         written = json.loads(json.dumps(self.report().as_json()))
 
-        assert [8.8] * 3 == written["rows"]["single"]["app"]["samples"]
-        assert pytest.approx(1.1) == written["checks"][0]["value"]
-        assert Verdict.UNCHECKED == written["checks"][1]["verdict"]
+        assert [8.8] * 3 == written["rows"]["sparse"]["app"]["samples"]
+        verdicts = {c["figure"].split(",")[0]: c["verdict"] for c in written["checks"]}
+        assert Verdict.BROKEN == verdicts["PSS per idle stream"]
+        assert Verdict.UNCHECKED == verdicts["CPU per delivery"]
 
     def test_chart(self):
         """
@@ -602,14 +616,14 @@ class TestReport:
         tree = ElementTree.fromstring(draw(self.report()))
         bars = tree.findall("{http://www.w3.org/2000/svg}rect")
 
-        assert ["floor", "kit"] == [bar.get("class") for bar in bars]
+        assert ["floor", "kit", "kit"] == [bar.get("class") for bar in bars]
 
     @needs_compiler
     def test_run(self, tmp_path: Path):
         """
         The command runs, writes its three files and succeeds.
         """
-        command = [sys.executable, "-m", "loadtest.bench", "--quick", "--only", "single", "--rounds", "1"]
+        command = [sys.executable, "-m", "loadtest.bench", "--quick", "--only", "sparse", "--rounds", "1"]
         command += ["--peers", "floor", "--output", str(tmp_path)]
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
 
