@@ -29,29 +29,29 @@ help: ## Show this list.
 
 .PHONY: up
 up: stack-packages venv ## Start Redis, APPS=2 processes and nginx on PORT=8080.
-	@$(STACK) up --port $(PORT) --apps $(APPS)
+	@$(STACK) up --port="$(PORT)" --apps="$(APPS)"
 
 .PHONY: down
 down: ## End what `make up` started on PORT, and only that.
-	@if [ -x $(PYTHON) ]; then $(STACK) down --port $(PORT); else echo "Nothing was ever started here."; fi
+	@if [ -x $(PYTHON) ]; then $(STACK) down --port="$(PORT)"; else echo "Nothing was ever started here."; fi
 
 .PHONY: run
 run: venv ## One process on PORT, log in memory; no Redis, no nginx.
-	@SSE_PORT=$(PORT) SSE_DRAIN_SECONDS=$${SSE_DRAIN_SECONDS:-2} exec $(PYTHON) -m app
+	@SSE_PORT="$(PORT)" SSE_DRAIN_SECONDS=$${SSE_DRAIN_SECONDS:-2} exec $(PYTHON) -m app
 
 ##@ Look
 
 .PHONY: status
 status: venv ## Show the parts of the stack on PORT.
-	@$(STACK) status --port $(PORT)
+	@$(STACK) status --port="$(PORT)"
 
 .PHONY: logs
 logs: venv ## Follow all logs of the stack on PORT.
-	@$(STACK) logs --port $(PORT)
+	@$(STACK) logs --port="$(PORT)"
 
 .PHONY: feed
 feed: venv ## Publish the stack's own access log, live, into the topic `logs`.
-	@$(STACK) feed --port $(PORT)
+	@$(STACK) feed --port="$(PORT)"
 
 ##@ Check
 

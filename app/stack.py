@@ -720,9 +720,12 @@ def _read_state(directory: Path) -> dict[str, Any] | None:
 def _write_state(stack: Stack, stop_seconds: float) -> None:
     # Before anything is started; each process adds its own number, in NAME.pid.
     parts = [
-        {"name": part.name, "port": part.port, "log": str(part.log_path), "pid": 0, "identity": None}
+        {
+            "name": part.name, "port": part.port, "metrics_port": getattr(part, "metrics_port", None),
+            "log": str(part.log_path), "pid": 0, "identity": None,
+        }
         for part in stack.parts
-    ]
+    ]  # fmt: skip
     (stack.directory / "state.json").write_text(
         json.dumps({"version": 1, "stop_seconds": stop_seconds, "parts": parts}, indent=1)
     )
@@ -812,6 +815,8 @@ def down(port: int) -> str:
         return f"Nothing of this clone runs on port {port}."
     with _locked(directory):
         state = _read_state(directory)
+        # First of all, so that they send what they have.
+        _end(_feeds(directory), STOP_SECONDS, directory)
         parts = state["parts"] if state else []
         applications = [part for part in parts if part["name"].startswith("app-")]
         others = {part["name"]: [part] for part in parts if part not in applications}
@@ -843,6 +848,17 @@ def _end(parts: list[dict[str, Any]], seconds: float, directory: Path) -> None:
         time.sleep(0.02)
 
 
+def _feeds(directory: Path) -> list[dict[str, Any]]:
+    """Return every `make feed` of the stack; each wrote its number into feed-NUMBER.pid."""
+    feeds = []
+    for path in directory.glob("feed-*.pid"):
+        # One that just ends takes its file away; one that was killed could not.
+        with contextlib.suppress(OSError, ValueError):
+            pid, mark = path.read_text().split(maxsplit=1)
+            feeds.append({"name": "feed", "pid": int(pid), "identity": mark})
+    return feeds
+
+
 def _orphans(groups: set[int], directory: Path) -> list[int]:
     """
     Return what a killed part left behind, as a killed nginx its workers.
@@ -868,11 +884,14 @@ def status(port: int) -> tuple[str, bool]:
     state = _read_state(RUN / str(port))
     if state is None:
         return f"Nothing of this clone runs on port {port}. Start it: make up{_port_argument(port)}.{beside}", True
-    lines, well = [f"{'PART':<8} {'PID':>7} {'PORT':>6}  STATE"], True
+    lines, well = [f"{'PART':<8} {'PID':>7} {'PORT':>6} {'METRICS':>7}  STATE"], True
     for part in state["parts"]:
         word = "ended" if not _runs(part) else "ready" if _answers(part) else "not ready"
         well = well and word == "ready"
-        lines.append(f"{part['name']:<8} {part['pid']:>7} {part['port']:>6}  {word}")
+        metrics = part.get("metrics_port") or ""
+        lines.append(f"{part['name']:<8} {part['pid']:>7} {part['port']:>6} {metrics:>7}  {word}")
+    feeds = filter(_runs, _feeds(RUN / str(port)))
+    lines += [f"{'feed':<8} {each['pid']:>7} {'':>6} {'':>7}  runs" for each in feeds]
     return "\n".join([*lines, f"{_address(port)}   logs: {RUN / str(port)}"]) + beside, well
 
 
@@ -906,19 +925,32 @@ def feed(port: int, topic: str) -> int:
     Publish the stack's own access log, line by line as it grows.
 
     It goes to an application directly: published through nginx, every line
-    would write the next one, for ever.
+    would write the next one, for ever. `down` ends it.
     """
-    application = next(part for part in _running(port)["parts"] if part["name"] == "app-1")
+    directory = RUN / str(port)
+    _running(port)
+    with _locked(directory):  # `down` sees either this feed or no stack
+        application = next(part for part in _running(port)["parts"] if part["name"] == "app-1")
+        own = directory / f"feed-{os.getpid()}.pid"
+        own.write_text(f"{os.getpid()} {identity(os.getpid())}")
+    try:
+        return _feed(port, topic, application["port"])
+    finally:
+        own.unlink(missing_ok=True)
+
+
+def _feed(port: int, topic: str, application_port: int) -> int:
     source = ["tail", "-n", "0", "-F", str(RUN / str(port) / "access.log")]
     sink = [
         sys.executable, "-m", "app", "publish", "--topic", topic, "--json",
-        "--url", f"http://127.0.0.1:{application['port']}",
+        "--url", f"http://127.0.0.1:{application_port}",
     ]  # fmt: skip
     print(f"The access log of {_address(port)} goes into the topic `{topic}`, until you press Ctrl-C. Watch it:")
     print(f"  curl -N '{_address(port)}events?topic={topic}'")
     print(f"+ {shlex.join(source)} | {shlex.join(sink)}", flush=True)
     environment = {k: v for k, v in os.environ.items() if not k.startswith("SSE_")}
-    # Both end with this process, however it is ended.
+    # Both end with this process, also by `make down` and by a closed terminal.
+    signal.signal(signal.SIGHUP, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with (
         subprocess.Popen(source, stdout=subprocess.PIPE) as tail,
@@ -935,36 +967,44 @@ def feed(port: int, topic: str) -> int:
             publish.kill()
 
 
+def _number(name: str, text: str, high: int) -> int:
+    """Return *text* as the value of make's variable *name*."""
+    if not re.fullmatch(r"[0-9]{1,9}", text) or not 1 <= int(text) <= high:
+        usual = {"PORT": 8080, "APPS": 2}[name]
+        raise StackError(f"{name} must be a whole number from 1 to {high}, got {text!r}. Such as {name}={usual}.")
+    return int(text)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """
     Run one command of `python -m app.stack`.
     """
     parser = argparse.ArgumentParser(prog="python -m app.stack", description=(__doc__ or "").strip().splitlines()[0])
     parser.add_argument("command", choices=["up", "down", "status", "logs", "feed"])
-    parser.add_argument("--port", type=int, default=8080, help="nginx's port (default: 8080)")
-    parser.add_argument("--apps", type=int, default=2, help="application processes (default: 2)")
+    # Texts: make hands on whatever was given, and argparse would speak of options that nobody typed.
+    parser.add_argument("--port", default="8080", help="nginx's port (default: 8080)")
+    parser.add_argument("--apps", default="2", help="application processes (default: 2)")
     parser.add_argument("--topic", default="logs", help="topic of `feed` (default: logs)")
     parser.add_argument("--all", action="store_true", help="`down`: every stack of this clone")
     options = parser.parse_args(arguments)
     try:
-        for name, value, high in (("PORT", options.port, 65_535), ("APPS", options.apps, 64)):
-            if not 1 <= value <= high:
-                raise StackError(f"{name} must be from 1 to {high}, got {value}.")
+        port = _number("PORT", options.port, 65_535)
+        apps = _number("APPS", options.apps, 64)
         match options.command:
             case "up":
                 settings = {k: v for k, v in os.environ.items() if k.startswith("SSE_")}
-                print(up(options.port, options.apps, settings))
+                print(up(port, apps, settings))
             case "down":
-                for port in _ports() if options.all else [options.port]:
-                    print(down(port))
+                for each in _ports() if options.all else [port]:
+                    print(down(each))
             case "status":
-                text, well = status(options.port)
+                text, well = status(port)
                 print(text)
                 return 0 if well else 1
             case "logs":
-                logs(options.port)
+                logs(port)
             case "feed":
-                return feed(options.port, options.topic)
+                return feed(port, options.topic)
     except StackError as error:
         print(error, file=sys.stderr)
         return 1

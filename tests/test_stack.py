@@ -256,6 +256,21 @@ class TestUp:
         assert module.up(free_port, 1, {}).startswith("It runs already, with 1 application process")
         assert before == pids(run, free_port)
 
+    def test_status(self, run: Path, free_port: int):
+        """`status` tells every port on which something answers, those of the metrics too."""
+        module.up(free_port, 2, {})
+
+        text, well = module.status(free_port)
+
+        assert well
+        rows = [line.split() for line in text.splitlines()]
+        assert ["PART", "PID", "PORT", "METRICS", "STATE"] == rows[0]
+        assert ["redis", "app-1", "app-2", "nginx"] == [row[0] for row in rows[1:5]]
+        for row in rows[2:4]:
+            assert "ready" == row[4]
+            assert 200 == status(f"http://127.0.0.1:{row[2]}/readyz")
+            assert 200 == status(f"http://127.0.0.1:{row[3]}/metrics")
+
     def test_second_stack(self, run: Path, free_port: int):
         """Two stacks live beside each other, and each ends alone."""
         other, holder = reserve_port()
@@ -368,16 +383,95 @@ class TestDown:
         assert identity(application) is None
 
 
+class TestMain:
+    """What `make` hands on, as somebody typed it."""
+
+    @pytest.mark.parametrize("command", ["up", "down", "status", "logs", "feed"])
+    @pytest.mark.parametrize("text", ["abc", "", "0", "65536", "-5", "8080 9090", "8080.5", "٣", "1" * 5000])
+    def test_port(self, run: Path, capsys, command: str, text: str):
+        """A PORT that is none is one sentence with name, rule, value and cure, and nothing is touched."""
+        assert 1 == module.main([command, f"--port={text}"])
+
+        said = capsys.readouterr()
+        assert ("", 1) == (said.out, said.err.count("\n"))
+        assert said.err == f"PORT must be a whole number from 1 to 65535, got {text!r}. Such as PORT=8080.\n"
+        assert not run.exists()
+
+    def test_apps(self, run: Path, capsys):
+        """The same for APPS."""
+        assert 1 == module.main(["up", "--apps=65"])
+
+        assert capsys.readouterr().err == "APPS must be a whole number from 1 to 64, got '65'. Such as APPS=2.\n"
+        assert not run.exists()
+
+    @pytest.mark.parametrize("command", ["up", "down", "status", "logs", "feed"])
+    def test_as_make_calls_it(self, command: str):
+        """Every target hands PORT on in one piece."""
+        shown = subprocess.run(
+            ["make", "-n", command, "PORT=8080 9090"], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout
+
+        assert '--port="8080 9090"' in shown
+
+
+@contextlib.contextmanager
+def feeding(run: Path, port: int) -> Iterator[subprocess.Popen[bytes]]:
+    """Run `make feed` as a process of its own; nothing of it stays, even if the test fails."""
+    program = (
+        f"import sys, app.stack as s, pathlib; s.RUN = pathlib.Path({str(run)!r}); "
+        f"sys.exit(s.main(['feed', '--port={port}']))"
+    )
+    feed = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.DEVNULL, start_new_session=True)
+    try:
+        yield feed
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(feed.pid, signal.SIGKILL)
+        feed.wait()
+
+
+@pytest.mark.skipif("sys.platform == 'win32'", reason="tail")
 class TestFeed:
-    @pytest.mark.skipif("sys.platform == 'win32'", reason="tail")
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+    def test_end(self, run: Path, free_port: int, number: signal.Signals):
+        """However it is told to end, `tail` and the publisher end with it."""
+        module.up(free_port, 1, {})
+        with feeding(run, free_port) as feed:
+            until(lambda: 3 == len(group(feed.pid)))
+            os.kill(feed.pid, number)
+
+            assert 0 == feed.wait(30)
+            assert [] == group(feed.pid)
+        assert [] == list((run / str(free_port)).glob("feed-*"))
+
+    def test_down(self, run: Path, free_port: int):
+        """`down` ends the feeds of its own stack, all of them."""
+        module.up(free_port, 1, {})
+        with feeding(run, free_port) as feed, feeding(run, free_port) as other:
+            until(lambda: 3 == len(group(feed.pid)) == len(group(other.pid)))
+            text, well = module.status(free_port)
+            assert well
+            assert 2 == len(re.findall(r"(?m)^feed .* runs$", text))
+
+            module.down(free_port)
+
+            assert [0, 0] == [feed.wait(30), other.wait(30)]
+            assert [] == group(feed.pid) + group(other.pid)
+        assert [] == list(run.iterdir())
+
+    def test_nothing_to_feed(self, run: Path, free_port: int):
+        """Without a stack it says so, and leaves nothing."""
+        with pytest.raises(StackError, match=rf"none does\. Start it: make up PORT={free_port}\."):
+            module.feed(free_port, "logs")
+
+        assert not run.exists()
+
     def test_own_access_log(self, run: Path, free_port: int):
         """Requests to the stack appear in the topic `logs` as they are logged, and do not loop."""
         module.up(free_port, 1, {})
         url = f"http://127.0.0.1:{free_port}"
         stream = subscribe(url, "logs")
-        program = f"import app.stack as s, pathlib; s.RUN = pathlib.Path({str(run)!r}); s.feed({free_port}, 'logs')"
-        feed = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.DEVNULL, start_new_session=True)
-        try:
+        with feeding(run, free_port):
             # tail -F begins at the end of the file: ask until it has begun.
             found: list[dict] = []
 
@@ -389,9 +483,6 @@ class TestFeed:
             until(lambda: status(f"{url}/healthz?n=1") and found)
             count = len(found)
             time.sleep(0.5)  # a loop would go on by itself
-        finally:
-            os.killpg(feed.pid, signal.SIGKILL)
-            feed.wait()
 
         assert {"/healthz"} == {line["path"] for line in found}
         assert len(found) <= count + 5
