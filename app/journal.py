@@ -11,6 +11,8 @@ import logging
 import re
 import secrets
 import sys
+import time
+from collections.abc import Callable
 from typing import Any
 from urllib.parse import unquote
 
@@ -19,6 +21,10 @@ import structlog
 
 from app.settings import Settings
 
+# Lines that one fault can cause again and again, and how many of each may come in
+# _SELDOM_SECONDS: an operator needs the first ones, and a count of the rest.
+_SELDOM = {"log_ahead_of_clock": 1, "trim_refused": 1, "entry_broken": 20}
+_SELDOM_SECONDS = 10.0
 _LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}
 
 
@@ -26,6 +32,7 @@ def configure(settings: Settings) -> None:
     """Set up structlog and the standard library's logging for this process."""
     as_json = settings.log_format == "json" or (settings.log_format == "auto" and not sys.stderr.isatty())
     shared: list[structlog.typing.Processor] = [
+        _Seldom(),
         structlog.contextvars.merge_contextvars,
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
@@ -73,6 +80,36 @@ class _ThroughStructlog(logging.Handler):
         if record.exc_info:
             event["exc_info"] = record.exc_info
         structlog.get_logger().log(max(record.levelno, logging.WARNING), record.getMessage(), **event)
+
+
+class _Seldom:
+    """
+    Drop lines of `_SELDOM` that come too often; the next one says how many, as `unsaid`.
+
+    Counts that must be exact are metrics.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        # By name: when its time began, how many were said in it, how many were not since.
+        self._said: dict[str, tuple[float, int, int]] = {}
+
+    def __call__(self, logger: Any, method: str, event: Any) -> Any:
+        name = event["event"]
+        most = _SELDOM.get(name)
+        if most is None:
+            return event
+        now = self._clock()
+        began, said, unsaid = self._said.get(name, (now, 0, 0))
+        if now - began >= _SELDOM_SECONDS:
+            began, said = now, 0
+        if said == most:
+            self._said[name] = (began, said, unsaid + 1)
+            raise structlog.DropEvent
+        self._said[name] = (began, said + 1, 0)
+        if unsaid:
+            event["unsaid"] = unsaid
+        return event
 
 
 class _HashUsers:

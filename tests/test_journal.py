@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog
 
+from app.journal import _Seldom
 from app.stack import App
 from tests.live import (
     Site,
@@ -316,3 +318,84 @@ async def test_wrong_settings_are_one_line():
     assert 1 == len(text.splitlines())
     assert text.startswith("SSE_HEARTBEAT_SECONDS must be ")
     assert "'soon'" in text
+
+
+class TestSeldom:
+    """Lines that one fault causes again and again: the first ones, then a count."""
+
+    class Clock:
+        """Stands still until a test moves it."""
+
+        now = 100.0
+
+        def __call__(self) -> float:
+            return self.now
+
+    @pytest.fixture
+    def clock(self) -> Clock:
+        return self.Clock()
+
+    @staticmethod
+    def said(seldom: _Seldom, name: str, **facts: Any) -> dict[str, Any] | None:
+        """What of a line goes on, or None."""
+        try:
+            return seldom(None, "warning", {"event": name, **facts})
+        except structlog.DropEvent:
+            return None
+
+    @pytest.mark.parametrize("name", ["log_ahead_of_clock", "trim_refused"])
+    def test_once_in_ten_seconds(self, clock, name):
+        """
+        What is found again at each check is said once in ten seconds, with how often it was not said.
+        """
+        seldom, said = _Seldom(clock), []
+        for second in range(25):
+            clock.now = 100.0 + second
+            if found := self.said(seldom, name, error=second):
+                said.append(found)
+
+        assert [
+            {"event": name, "error": 0},
+            {"event": name, "error": 10, "unsaid": 9},
+            {"event": name, "error": 20, "unsaid": 9},
+        ] == said
+
+    def test_first_ones(self, clock):
+        """
+        Of broken entries the first are told one by one; a flood of them is counted.
+        """
+        seldom = _Seldom(clock)
+        first = [self.said(seldom, "entry_broken", id=n) for n in range(1000)]
+        clock.now += 10
+        later = [self.said(seldom, "entry_broken", id=n) for n in range(2)]
+
+        assert [{"event": "entry_broken", "id": n} for n in range(20)] == [line for line in first if line]
+        assert [{"event": "entry_broken", "id": 0, "unsaid": 980}, {"event": "entry_broken", "id": 1}] == later
+
+    def test_each_for_itself(self, clock):
+        """
+        One fault hides no other, and no other line is ever left out.
+        """
+        seldom = _Seldom(clock)
+        lines = [self.said(seldom, name) for name in ("trim_refused", "log_ahead_of_clock") * 2]
+        others = [self.said(seldom, "stream_ended") for _ in range(1000)]
+
+        assert [True, True, False, False] == [line is not None for line in lines]
+        assert None not in others
+
+    def test_through_structlog(self):
+        """
+        What is left out reaches neither form of the log.
+        """
+        program = (
+            "import structlog, app.journal as j, app.settings as s\n"
+            "j.configure(s.load({'SSE_LOG_FORMAT': '{form}'}))\n"
+            "for n in range(30): structlog.get_logger().warning('entry_broken', id=n)\n"
+            "structlog.get_logger().warning('last')\n"
+        )
+        for form in ("json", "console"):
+            run = subprocess.run(
+                [sys.executable, "-c", program.replace("{form}", form)], cwd=ROOT, capture_output=True, text=True, check=True
+            )
+
+            assert [20, 1] == [run.stderr.count(word) for word in ("entry_broken", "last")], run.stderr
