@@ -38,6 +38,11 @@ _BATCH_SECONDS = 0.005
 # A reply should stay near this size: larger ones hold the loop.
 _REPLY_BYTES = 1_000_000
 _MAX_COUNT = 1_000
+# What is asked for where nobody knows what has gathered: at the start, and after
+# a time in which nothing was read.
+_FIRST_COUNT = 100
+# Broken entries are remembered, so that a load counts none of them again.
+_BROKEN_ENTRIES = 10_000
 # An id this far ahead of the log's clock means that the clock went back.
 _AHEAD_MS = 60_000
 
@@ -127,7 +132,9 @@ class Reader:
         self._random = random or Random()
         self._logger = logger or structlog.get_logger()
         self._read = Checked()
-        self._count = 100
+        self._count = _FIRST_COUNT
+        self._weight = 0.0  # bytes of an entry in a reply, by the latest ones
+        self._broken: dict[object, None] = {}  # positions of broken entries that were counted
         self._clock_ms = (0, 0.0)
         self._check_at = 0.0
         self._checked_at = 0.0  # when the log was last asked about itself
@@ -301,6 +308,10 @@ class Reader:
         return self._window.resets != resets
 
     async def _check(self) -> None:
+        if self._clock() - self._checked_at > 2 * self._check_seconds:
+            # This process stood still, or the log was away. What has gathered may
+            # weigh more than what came before: begin with replies that are not long.
+            self._count = min(self._count, _FIRST_COUNT)
         while True:
             self._checked_at = self._clock()
             await self._log.trim()
@@ -393,18 +404,30 @@ class Reader:
         return True
 
     def _adapt(self, entries: list[Entry]) -> None:
-        """Keep a reply near its size: large events are read few at a time."""
+        """
+        Keep a reply near its size: large events are read few at a time.
+
+        Also where they came one by one: if this process is frozen, many of them
+        wait for it. Heavier entries count at once, lighter ones little by little.
+        """
         size = sum(len(entry.data) for entry in entries) + 100 * len(entries)
-        if size > _REPLY_BYTES:
-            self._count = max(1, self._count // 2)
-        elif len(entries) == self._count and size < _REPLY_BYTES // 4:
-            self._count = min(_MAX_COUNT, self._count * 2)
+        weight = size / len(entries)
+        if weight < self._weight:
+            weight = self._weight + (weight - self._weight) * min(1.0, len(entries) / 10)
+        self._weight = weight
+        # Only a full reply tells that more at a time would help.
+        wanted = 2 * self._count if len(entries) == self._count else self._count
+        self._count = max(1, min(_MAX_COUNT, wanted, int(_REPLY_BYTES / weight)))
 
     def _note(self, entries: Iterable[Entry]) -> None:
         for entry in entries:
             if not entry.topics:
-                self.broken += 1
-                self._logger.warning("entry_broken", id=entry.id, error=entry.data)
+                if entry.position not in self._broken:
+                    self._broken[entry.position] = None
+                    if len(self._broken) > _BROKEN_ENTRIES:
+                        del self._broken[next(iter(self._broken))]
+                    self.broken += 1
+                    self._logger.warning("entry_broken", id=entry.id, error=entry.data)
                 entry.data = ""
 
     async def _reached(self, position: Position, seconds: float) -> None:

@@ -906,8 +906,10 @@ def fine_grained() -> Iterator[None]:
         (hub_module, "_STRIDE", 1),
         (hub_module, "PIECE_BYTES", 400),
         (window_module, "_SCAN_ENTRIES", 5),
+        (window_module, "_SCAN_TOPICS", 8),
         (window_module, "_LINE_ENTRIES", 3),
         (reader_module, "_REPLY_BYTES", 3_000),
+        (reader_module, "_FIRST_COUNT", 5),
         (routes_module, "request", _Request()),
         (opening_module, "take_over", _take_over),
     ]

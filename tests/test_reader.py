@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.event import Draft
+from app import reader as reader_module
+from app.event import Draft, Entry
 from app.hub import Hub, Pace
 from app.log import ORIGIN, Batch, LogUnavailable, Notice, Position, write_id
 from app.memory_log import MemoryLog
@@ -236,6 +237,175 @@ class TestLoad:
 
         assert world.server.epoch == process.window.epoch
         assert 2 == len(process.window)
+
+
+class TestBroken:
+    """`sse_log_entries_broken_total` counts entries, not how often they were read."""
+
+    def test_read_again(self, world):
+        """
+        A load that reads a broken entry again neither counts nor tells it again, but does so with new ones.
+        """
+        process = world.start()
+        world.run(0.1)
+        told: list[str] = []
+        process.reader._logger.warning = lambda name, **facts: told.append(facts["id"])  # type: ignore[method-assign]
+        publish(world, "a", count=2, broken=True)
+        world.run(1.5)
+        assert 2 == process.reader.broken
+        world.server.renew_epoch(world.server.epoch)
+        publish(world, "a", broken=True)
+        world.run(3.0)
+
+        assert 1 == process.reader.gaps
+        assert 3 == process.reader.broken
+        assert 3 == len({id.partition(":")[2] for id in told}) == len(told)
+        assert 3 == len(process.window)
+
+    def test_other_log(self, world):
+        """
+        Those of another log are others.
+        """
+        process = world.start()
+        world.run(0.1)
+        publish(world, "a", count=2, broken=True)
+        world.run(1.5)
+        world.server.flush()
+        publish(world, "a", count=3, broken=True)
+        world.run(3.0)
+
+        assert 1 == process.reader.gaps
+        assert 5 == process.reader.broken
+
+    def test_memory(self, world, monkeypatch):
+        """
+        However many there are, no more are remembered than a load can bring again soon.
+        """
+        monkeypatch.setattr(reader_module, "_BROKEN_ENTRIES", 10)
+        process = world.start()
+        world.run(0.1)
+        publish(world, "a", count=50, broken=True)
+        world.run(1.5)
+
+        assert 50 == process.reader.broken
+        assert 10 == len(process.reader._broken)
+
+
+class Sized:
+    """A log that holds entries of given sizes and notes what its replies weigh."""
+
+    def __init__(self, *sizes: int) -> None:
+        self.sizes = list(sizes)
+        self.replies: list[int] = []
+        self.counts: list[int] = []
+
+    def entries(self) -> list[Entry]:
+        """Return everything, as the reader would have it."""
+        texts = {size: "x" * size for size in set(self.sizes)}
+        return [Entry(Position(1, n), f"e:1-{n}", ("t",), texts[size]) for n, size in enumerate(self.sizes, 1)]
+
+    def read_all(self, reader: Reader) -> None:
+        """Let *reader* adapt to reply after reply, as a loaded log answers it."""
+        entries = self.entries()
+        while entries:
+            reply, entries = entries[: reader._count], entries[reader._count :]
+            self.counts.append(reader._count)
+            self.replies.append(sum(len(entry.data) for entry in reply))
+            reader._adapt(reply)
+
+
+@pytest.fixture
+def reader() -> Reader:
+    window = Window(1 << 40)
+    hub = Hub(window, Pace(heartbeat=15, history=600, slow_consumer=10, max_age=480), lambda: 0.0, Random(1))
+    return Reader(MemoryLog(history_seconds=600, max_events=10**6), window, hub)
+
+
+class TestReplies:
+    """A reply stays near a megabyte: larger ones hold the event loop, and many processes' memory."""
+
+    def test_small_entries(self, reader):
+        """
+        Small entries come many at a time, soon.
+        """
+        log = Sized(*[100] * 10_000)
+        log.read_all(reader)
+
+        assert [100, 200, 400, 800, 1000, 1000] == log.counts[:6]
+
+    @pytest.mark.parametrize("size", [5_000, 50_000, 500_000, 2_000_000])
+    def test_large_entries(self, reader, size):
+        """
+        Large ones come few at a time: after the first reply none is much over a megabyte, or it is one entry.
+        """
+        log = Sized(*[size] * 300)
+        log.read_all(reader)
+
+        assert all(reply <= max(1_000_000, size) for reply in log.replies[1:])
+        assert log.counts[1] * size > 400_000
+
+    def test_large_entries_that_came_one_by_one(self, reader):
+        """
+        A process that stands still while large events go on coming does not ask for a hundred of them.
+        """
+        for entry in Sized(*[900_000] * 5).entries():
+            reader._adapt([entry])
+        log = Sized(*[900_000] * 50)
+        log.read_all(reader)
+
+        assert max(log.replies) <= 1_000_000
+
+    def test_one_large_entry(self, reader):
+        """
+        One large entry does not slow the reader down for long.
+        """
+        Sized(*[100] * 10_000).read_all(reader)
+        reader._adapt(Sized(1_000_000).entries())
+        log = Sized(*[100] * 10_000)
+        log.read_all(reader)
+
+        assert 1 == log.counts[0]
+        assert 1000 in log.counts
+        assert sum(count < 100 for count in log.counts) < 40
+
+    def test_mixed(self, reader):
+        """
+        Where one in a hundred is large, replies are near a megabyte, in the mean and at most a few.
+        """
+        random = Random(7)
+        log = Sized(*(500_000 if random.random() < 0.01 else 200 for _ in range(20_000)))
+        log.read_all(reader)
+
+        assert max(log.replies) <= 6_000_000
+        assert sum(log.replies) / len(log.replies) > 200_000
+
+    def test_after_a_time_in_which_nothing_was_read(self, world, monkeypatch):
+        """
+        What gathered while a process stood still is asked for a hundred at a time at first: nobody knows what it weighs.
+        """
+        monkeypatch.setattr(reader_module, "_REPLY_BYTES", 1_000_000)
+        monkeypatch.setattr(reader_module, "_FIRST_COUNT", 100)
+        process = world.start()
+        world.run(0.1)
+        for _ in range(30):
+            publish(world, "a", count=1000)
+            world.run(0.2)
+        busy = process.reader._count
+        counts: list[int] = []
+        read = process.log.read
+
+        async def noting(epoch: str, after: Position, count: int, block_seconds: float) -> Any:
+            counts.append(count)
+            return await read(epoch, after, count, block_seconds)
+
+        process.log.read = noting
+        publish(world, "a", count=3000)
+        world.loop.now += 3
+        world.run(1.0)
+
+        assert 1000 == busy
+        assert min(counts[:3]) == 100
+        assert [100, 200, 400] == counts[counts.index(100) :][:3]
 
 
 class TestLocated:
