@@ -6,6 +6,7 @@ import json
 import re
 from pathlib import Path
 from typing import Any, NoReturn
+from urllib.parse import unquote_to_bytes
 
 from quart import Blueprint, Response, abort, request, send_from_directory
 from werkzeug.exceptions import HTTPException
@@ -215,7 +216,24 @@ def _head(response: Response) -> Response:
 
 async def _caller(kit: Kit) -> Caller:
     """Return who asks, before anything is taken or spent for the request."""
+    _check_query()
     return await kit.access.caller(request.headers, request.args)
+
+
+def _check_query() -> None:
+    """Refuse a query that is not UTF-8: Quart would read replacement characters, and nobody asked for those."""
+    query = unquote_to_bytes(request.query_string)
+    try:
+        query.decode()
+    except UnicodeDecodeError as error:
+        raise Problem(
+            400,
+            "invalid",
+            "query",
+            "must be UTF-8, percent-encoded",
+            query[max(0, error.start - 20) : error.start + 4].decode("utf-8", "backslashreplace"),
+            "Encode text as UTF-8 first; encodeURIComponent does both.",
+        ) from None
 
 
 def _topics(most: int, caller: Caller) -> tuple[str, ...]:
@@ -342,7 +360,7 @@ async def _json(most: int) -> Any:
     body: bytes = await request.get_data(as_text=False)  # type: ignore[assignment]
     try:
         # Decoded here: `loads` would guess UTF-16, and take surrogates in UTF-8.
-        return json.loads(body.decode(), parse_constant=_no_constant)
+        return json.loads(body.decode(), parse_constant=_no_constant, object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
         why = "is nested too deeply" if isinstance(error, RecursionError) else f"must be JSON ({error})"
         raise Problem(
@@ -357,6 +375,17 @@ async def _json(most: int) -> Any:
 
 def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object whose names are unique. RFC 8259, section 4: others read other values."""
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        seen: set[str] = set()
+        # `add` returns None: the first name that was there before.
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        raise ValueError(f"{twice[:100]!a} stands twice in one object")
+    return made
 
 
 def _body_too_large(most: int) -> Problem:

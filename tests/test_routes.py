@@ -164,6 +164,27 @@ class TestHead:
             assert 20 <= stream.parser.retry_ms <= 40
 
 
+class TestTarget:
+    """Every form of a request's target that RFC 9112, section 3.2, has for a GET."""
+
+    @pytest.mark.parametrize("target", ["/events", "http://test/events", "http://other.example:81/events", "//events"])
+    async def test_stream(self, either, target):
+        """
+        A target that names the host, as for a proxy, is the same stream.
+        """
+        reader, writer = await asyncio.open_connection("127.0.0.1", either.port)
+        try:
+            writer.write(f"GET {target}?topic=absolute HTTP/1.1\r\nHost: test\r\n\r\n".encode())
+            async with asyncio.timeout(30):
+                head = await reader.readuntil(b"\r\n\r\n")
+                assert head.startswith(b"HTTP/1.1 200 ")
+                await reader.readuntil(b"event: stream.open\n")
+                await publish(either, event("here", "absolute"))
+                await reader.readuntil(b"data: here\n")
+        finally:
+            writer.close()
+
+
 class TestBadStream:
     """Requests for a stream that are the programmer's mistake: refused by status."""
 
@@ -187,7 +208,7 @@ class TestBadStream:
             ("&".join(f"topic={n}" for n in range(6)), 400, "topics", "SSE_MAX_TOPICS (6)"),
             ("topic=a&topics=b", 400, "query parameter", "topic, last_event_id or user"),
             ("topic=a&Topic=b", 400, "query parameter", "topic, last_event_id or user"),
-            ("topic=a&%ED%A0%80=b", 400, "query parameter", "topic, last_event_id or user"),
+            ("topic=a&%C3%A4=b", 400, "query parameter", "topic, last_event_id or user"),
             ("topic=a&" + "x" * 3000 + "=b", 400, "query parameter", "topic, last_event_id or user"),
             ("topic=user:bob", 403, "topic", "another user's"),
             ("topic=user:bob&user=alice", 403, "topic", "another user's"),
@@ -200,6 +221,13 @@ class TestBadStream:
             ("topic=a&user=" + "u" * 65, 400, "user", "1 to 64"),
             # Percent-encoded it would be a topic that is too long for anybody to publish to.
             ("topic=a&user=" + quote("é" * 64), 400, "user", "250 characters when percent-encoded"),
+            # As text in Latin-1 would come, an overlong slash, a surrogate, half of a character.
+            ("topic=a&user=caf%E9", 400, "query", "UTF-8"),
+            ("topic=a%C0%AF", 400, "query", "UTF-8"),
+            ("topic=a&user=%ED%A0%80", 400, "query", "UTF-8"),
+            ("topic=a&user=%C3", 400, "query", "UTF-8"),
+            ("topic=a&%FF=b", 400, "query", "UTF-8"),
+            ("topic=a&last_event_id=%FF", 400, "query", "UTF-8"),
             ("topic=a&last_event_id=", 400, "last_event_id", "read from a stream"),
             ("topic=a&last_event_id=a%20b", 400, "last_event_id", "read from a stream"),
             ("topic=a&last_event_id=%C3%A4", 400, "last_event_id", "read from a stream"),
@@ -442,6 +470,13 @@ class TestBadPublish:
             (GOOD.encode().replace(b"good", b"\xff"), "body", "must be JSON"),
             (GOOD.encode().replace(b"good", b"\xed\xa0\x80"), "body", "must be JSON"),
             (GOOD.replace("good", "\0"), "body", "must be JSON"),
+            ('{"topics": ["t"], "data": "x", "data": "y"}', "body", "'data' stands twice"),
+            ('{"topics": ["t"], "topics": ["t"], "data": "x"}', "body", "'topics' stands twice"),
+            ('{"topics": ["t"], "data": "x", "d\\u0061ta": "x"}', "body", "'data' stands twice"),
+            ('{"topics": ["t"], "data": [{"a": {"b": 1, "c": 2, "b": 1}}]}', "body", "'b' stands twice"),
+            (f'[{GOOD}, {{"topics": ["t"], "data": "x", "event": "a", "event": "b"}}]', "body", "'event' stands twice"),
+            ('{"topics": ["t"], "data": {"\\ud800": 1, "\\ud800": 2}}', "body", "stands twice"),
+            ('{"' + "k" * 5000 + '": 1, "' + "k" * 5000 + '": 1}', "body", "stands twice"),
             ("null", "body", "an event or an array"),
             ("true", "body", "an event or an array"),
             ("7", "body", "an event or an array"),
@@ -715,6 +750,19 @@ class TestPage:
             assert "no-referrer" == answer.headers["referrer-policy"]
 
 
+    @pytest.mark.parametrize("path", ["/", "/static/page.js", "/static/page.css"])
+    async def test_asked_for_again_each_time(self, app, path):
+        """
+        After an update a browser never runs an old script with a new page, and an unchanged file costs one empty answer.
+        """
+        answer = await ask(app.port, "GET", path)
+        again = await ask(app.port, "GET", path, headers={"If-None-Match": answer.headers["etag"]})
+
+        assert "no-cache" == answer.headers["cache-control"]
+        assert (304, b"") == (again.status, again.body)
+        assert "no-cache" == again.headers["cache-control"]
+
+
 class TestHealth:
     async def test_health_and_readiness(self, app):
         """
@@ -855,6 +903,8 @@ class TestSoftFail:
                 # A second way past the door would be a way past every limit.
                 assert 429 == (await ask(app.port, "GET", "//events?topic=t")).status
                 assert 429 == (await ask(app.port, "GET", "/%65vents?topic=t")).status
+                assert 429 == (await ask(app.port, "GET", "http://test/events?topic=t")).status
+                assert 429 == (await ask(app.port, "GET", "http://test//events?topic=t")).status
 
             async def streams() -> float:
                 return (await readiness(app)).json["streams"] == 0
@@ -872,7 +922,7 @@ class TestSoftFail:
                 await publish(app, event("still", "full"))
                 await stream.until_data("still")
                 counted = await metrics(app)
-                assert (4, 2, 2) == (
+                assert (6, 2, 2) == (
                     counted['sse_requests_refused_total{status="429"}'],
                     counted['sse_requests_refused_total{status="503"}'],
                     counted["sse_soft_failed_total"],
