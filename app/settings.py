@@ -102,7 +102,9 @@ class Settings:
         1_000_000, 10, 100_000_000, "Longest log. Reached before `SSE_HISTORY_SECONDS`, it cuts the promise short."
     )
     window_max_bytes: int = _count(134_217_728, 65_536, 1 << 40, "Largest window in the memory of one process.")
-    redis_timeout_seconds: float = _seconds(2, 0.05, 60, "A Redis that is silent for longer is away.")
+    # Redis may be 0.1 s late to say that nothing came, and a waiting read lasts half
+    # of this without that (`RedisLog.read`): below 0.3 s it would be a busy loop.
+    redis_timeout_seconds: float = _seconds(2, 0.3, 60, "A Redis that is silent for longer is away.")
     publish_timeout_seconds: float = _seconds(3, 0.05, 60, "Longest wait of one publish, retries included.")
     publish_wait_replicas: int = _count(
         0,

@@ -1,5 +1,7 @@
 """The retained part of the log: what is owed, what is a position, what is let go."""
 
+import gc
+import tracemalloc
 from itertools import pairwise
 
 import pytest
@@ -8,6 +10,7 @@ from hypothesis import strategies as st
 
 from app import window as window_module
 from app.event import Entry, matches
+from app.log import Position
 from app.window import AHEAD, LOST, Window
 
 
@@ -278,6 +281,62 @@ class TestPull:
 
         assert [entry(11).block] == everything(window, ("a/*",), window.first)
 
+    def test_piece_of_a_prefix_ends_by_entries(self, monkeypatch):
+        """
+        A replay of a prefix that matches nothing looks at so many entries at a time, not at the whole window.
+        """
+        monkeypatch.setattr(window_module, "_SCAN_ENTRIES", 100)
+        window = filled(*[("b",)] * 350)
+
+        ends, cursor = [], window.first
+        while cursor < window.end:
+            data, cursor, _, _ = window.pull(("a/*",), cursor, 1 << 20)
+            assert b"" == data
+            ends.append(cursor - window.first)
+
+        assert [100, 200, 300, 350] == ends
+
+    @pytest.mark.parametrize("on", [1, 5, 50], ids=lambda on: f"on {on} topics")
+    @pytest.mark.parametrize("of", [1, 5, 50], ids=lambda of: f"of {of} prefixes")
+    def test_piece_of_a_prefix_ends_by_comparisons(self, monkeypatch, of, on):
+        """
+        Where events and subscriptions have many topics, a piece ends after so many comparisons, and loses nothing.
+        """
+        monkeypatch.setattr(window_module, "_SCAN_TOPICS", 500)
+        compared = 0
+
+        def counting(subscription: str, topic: str) -> bool:
+            nonlocal compared
+            compared += 1
+            return matches(subscription, topic)
+
+        monkeypatch.setattr(window_module, "matches", counting)
+        rows = [tuple(f"b/{n}/{m}" for m in range(on)) for n in range(60)]
+        rows[33] = ("a/49/x",)
+        window = filled(*rows)
+
+        worst, found, cursor = 0, b"", window.first
+        while cursor < window.end:
+            compared = 0
+            data, after, _, _ = window.pull(tuple(f"a/{n}/*" for n in range(50 - of, 50)), cursor, 1 << 20)
+            assert cursor < after
+            worst, found, cursor = max(worst, compared), found + data, after
+
+        assert entry(34, "a/49/x").block == found
+        # The entry that reaches the bound is looked at as a whole.
+        assert worst <= 500 + of * on
+
+    def test_topics_that_come_again_are_compared_once(self, monkeypatch):
+        """
+        A piece compares a topic with the subscriptions once, however many entries are on it.
+        """
+        calls: list[str] = []
+        monkeypatch.setattr(window_module, "matches", lambda _, topic: calls.append(topic))
+        window = filled(*[("b", "c")] * 500)
+
+        assert window.end == window.pull(("a/*",), window.first, 1 << 20)[1]
+        assert ["b", "c"] == calls
+
     def test_rights(self):
         """
         What the stream's rights refuse is left out, and the cursor moves past it.
@@ -402,6 +461,51 @@ class TestTrim:
         assert b"".join(entry(n).block for n in range(19_501, 20_001)) == b"".join(
             everything(window, ("all",), window.first)
         )
+
+
+class TestBytes:
+    """`bytes` bounds the memory of a process: too low an estimate is a process that is killed."""
+
+    @pytest.mark.parametrize("topics", [1, 50], ids=["one topic", "50 topics"])
+    @pytest.mark.parametrize(
+        "data",
+        [
+            "",
+            "x" * 10,
+            "x" * 5_000,
+            "ä" * 5_000,
+            "€" * 5_000,
+            "\U0001f600" * 5_000,
+            "x" * 5_000 + "\U0001f600",
+            "\n" * 5_000,
+            "\r" * 5_000,
+            "\r\n" * 5_000,
+            "a\n" * 5_000,
+        ],
+        ids=lambda data: f"{len(data)} {data[-2:]!a}",
+    )
+    def test_what_python_really_takes(self, data: str, topics: int):
+        """
+        The estimate is at least what entries with their blocks and topics take, and at most a few times that.
+        """
+        rows = 16
+        window = filled()
+        # As decoded from a reply, so that no two entries share their text.
+        raw = data.encode()
+        gc.collect()
+        tracemalloc.start()
+        try:
+            for n in range(rows):
+                ms = 1_763_712_000_000 + n
+                names = tuple(f"orders/{n}/{m}" for m in range(topics))
+                window.append(Entry(Position(ms, 0), f"k3f9a2b1:{ms}-0", names, raw.decode(), "created"))
+            for each in window._entries:
+                assert each.block.startswith(b"id: k3f9a2b1:")
+            real, _ = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+
+        assert real <= window.bytes <= 3 * real
 
 
 topics = st.sampled_from(["a", "b", "a/1", "a/2", "user:ann", "c"])
