@@ -8,7 +8,7 @@ Publishers never trim. All keys share one hash tag, so that a Cluster can hold t
 import asyncio
 import secrets
 from collections import deque
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Sequence
 from typing import Any, cast
 
 import structlog
@@ -270,16 +270,16 @@ class RedisLog:
             command += ["BLOCK", max(1, int(block * 1000))]
         control = self._control or ORIGIN
         command += ["STREAMS", self.log_key, self.control_key, _text(after), _text(control)]
-        answer = await _told(cast(Any, self._reader).execute_command(*command))
+        answer = await _told(self._ask(command))
         entries: list[Entry] = []
-        # RESP3 (`?protocol=3`) has a map here, and one more list around the rows.
-        found = [(key, rows[0]) for key, rows in answer.items()] if isinstance(answer, dict) else answer or ()
+        # RESP3 (`?protocol=3`) has a map here.
+        found = answer.items() if isinstance(answer, dict) else answer or ()
         for key, rows in found:
             if key == self._control_name:
                 self._take_notices(rows)
             else:
                 entries = [
-                    from_fields(epoch, _position(id), fields, self._max_topics, self._max_event_bytes)
+                    from_fields(epoch, _position(id), _pairs(fields), self._max_topics, self._max_event_bytes)
                     for id, fields in rows
                 ]
         return entries
@@ -287,6 +287,19 @@ class RedisLog:
     async def notify(self, notice: Notice) -> None:
         args: list[str | int] = [self._control_ms, _MOST_NOTICES, *to_notice_fields(notice)]
         await _told(self._notify(keys=[self.control_key], args=args))
+
+    async def _ask(self, command: Sequence[str | int]) -> Any:
+        """
+        Have the reader's connection carry out *command*, without the client around it.
+
+        Half the steps: on a cold cache that is a fifth of what one event costs
+        besides its deliveries.
+        """
+        client: Any = self._reader
+        if client.connection is None:
+            await client.initialize()
+        await client.connection.send_command(*command)
+        return await client.connection.read_response()
 
     async def renew_epoch(self, expected: str | None) -> str:
         answer = await _told(self._renew(keys=[self.epoch_key], args=[expected or "", secrets.token_hex(4)]))
@@ -335,7 +348,7 @@ class RedisLog:
     def _take_notices(self, rows: Any) -> None:
         for id, fields in rows:
             self._control = _position(id)
-            notice = from_notice_fields(fields)
+            notice = from_notice_fields(_pairs(fields))
             if notice is not None:
                 self.notices.append(notice)
 
@@ -379,6 +392,11 @@ def _text(position: Position) -> str:
 def _position(id: bytes | str) -> Position:
     ms, _, seq = (id.decode() if isinstance(id, bytes) else id).partition("-")
     return Position(int(ms), int(seq))
+
+
+def _pairs(fields: list[bytes]) -> dict[bytes, bytes]:
+    flat = iter(fields)
+    return dict(zip(flat, flat, strict=True))
 
 
 def _str(text: bytes | str) -> str:
