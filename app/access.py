@@ -7,11 +7,12 @@ granted only where one pattern contains all of it, so that nothing that reaches
 the stream later, replayed or live, has to be looked at again.
 """
 
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, replace
+from typing import Literal, NoReturn, Protocol
 from urllib.parse import quote
 
-from app.event import TOPIC_MAX_CHARACTERS, covers, matches
+from app.event import TOPIC_MAX_CHARACTERS, EventError, covers, matches
 from app.problem import Problem
 
 USER_MAX_CHARACTERS = 64
@@ -66,16 +67,97 @@ class Fields(Protocol):
 
 
 class Access:
-    """Decides who asks."""
+    """
+    Decides who asks.
+
+    Args:
+        verify: returns whom a token names, or raises a Problem; None lets
+            anybody in (SSE_AUTH=none).
+        find: returns whom a ticket stands for.
+        origins: of other sites' pages whose cookies count.
+    """
+
+    def __init__(
+        self,
+        verify: Callable[[str], Awaitable[Caller]] | None = None,
+        find: Callable[[str], Awaitable[Caller | None]] | None = None,
+        origins: tuple[str, ...] = (),
+    ) -> None:
+        self._verify = verify
+        self._find = find
+        self._origins = frozenset(origins)
 
     async def caller(self, headers: Fields, query: Fields) -> Caller:
         """
         Return who sent a request with these *headers* and arguments.
 
+        One carrier counts: `Authorization`, else the ticket, else the cookie. A
+        bad one is refused, and the next is not looked at.
+
         Raises:
-            Problem: 400 or 401; nobody becomes somebody else, or nobody, by a mistake.
+            Problem: 400, 401, 403 or 503; nobody becomes somebody else, or
+                nobody, by a mistake.
         """
-        return _anybody(query.get("user"))
+        if self._verify is not None and (authorization := headers.get("Authorization")) is not None:
+            scheme, _, token = authorization.partition(" ")
+            if scheme.lower() != "bearer":
+                # Without its value: with the scheme forgotten, that is the token.
+                refuse("Authorization", "must be `Bearer` and a token")
+            return await self._verify(token.strip())
+        if (ticket := query.get("ticket")) is not None:
+            return await self._of_ticket(ticket)
+        if self._verify is None:
+            return _anybody(query.get("user"))
+        tokens = _cookies(headers.get("Cookie") or "", "session")
+        if not tokens:
+            refuse("token", "must come as `Authorization: Bearer`, as a ticket or as the cookie `session`")
+        if len(tokens) > 1:
+            # A neighbouring host may have planted the other one.
+            refuse("cookie", "`session` must be sent once", len(tokens))
+        self._check_origin(headers)
+        return replace(await self._verify(tokens[0]), carrier="cookie")
+
+    async def _of_ticket(self, ticket: str) -> Caller:
+        caller = None if self._find is None else await self._find(ticket)
+        if caller is None:
+            refuse(
+                "ticket",
+                "must be one that was used soon after it was made, is not over and was not revoked",
+                cure="Get a new one: POST /tickets.",
+            )
+        return caller
+
+    def _check_origin(self, headers: Fields) -> None:
+        """
+        Refuse a cookie that a foreign page makes the browser send.
+
+        Browsers say where a request comes from, and no page can make them lie:
+        `Sec-Fetch-Site` with every request over TLS or to localhost, `Origin`
+        with requests across origins. An `<img>` sends no `Origin`, so that
+        nothing at all is no permission.
+        """
+        origin = headers.get("Origin")
+        if origin in self._origins:
+            return
+        if headers.get("Sec-Fetch-Site") not in ("same-origin", "none"):
+            raise Problem(
+                403,
+                "forbidden",
+                "Origin",
+                "must be this site or one of SSE_CORS_ORIGINS for a cookie to count",
+                origin,
+                "Use Authorization or a ticket, or let the origin be allowed.",
+            )
+
+
+def refuse(name: str, rule: str, value: object = None, cure: str = "Get a new token.") -> NoReturn:
+    """
+    Raise the Problem of a caller who is not known: 401.
+
+    *value* must never be a token or a ticket: answers are logged, by us and by others.
+    """
+    challenge = "Bearer" if name == "token" and value is None else 'Bearer error="invalid_token"'
+    raise Problem(401, "unauthorized", name, rule, value, cure, {"WWW-Authenticate": challenge}) from None
 
 
 def own_topic(user: str) -> str:
@@ -83,17 +165,15 @@ def own_topic(user: str) -> str:
     return "user:" + quote(user, safe="")
 
 
-def check_user(user: object, name: str = "user", status: int = 400, slug: str = "invalid") -> str:
-    """Return *user* if it is an id that has a topic; raise a Problem where it is not."""
+def check_user(user: object, name: str = "user") -> str:
+    """Return *user* if it is an id that has a topic of its own; raise EventError where it is not."""
     if not isinstance(user, str) or not 1 <= len(user) <= USER_MAX_CHARACTERS:
-        raise Problem(status, slug, name, f"must have 1 to {USER_MAX_CHARACTERS} characters", user, "Shorten it.")
+        raise EventError(name, f"must have 1 to {USER_MAX_CHARACTERS} characters", user, "Shorten it.")
     if user.encode(errors="replace") != user.encode(errors="surrogatepass"):
-        raise Problem(status, slug, name, "must be text that UTF-8 can carry", user, "A surrogate stands alone.")
+        raise EventError(name, "must be text that UTF-8 can carry", user, "A surrogate stands alone.")
     most = TOPIC_MAX_CHARACTERS - len("user:")
     if len(quote(user, safe="")) > most:
-        raise Problem(
-            status,
-            slug,
+        raise EventError(
             name,
             f"must have at most {most} characters when percent-encoded",
             user,
@@ -105,6 +185,19 @@ def check_user(user: object, name: str = "user", status: int = 400, slug: str = 
 def _anybody(user: str | None) -> Caller:
     """Return who asks with SSE_AUTH=none: whoever they say, for trying things out."""
     if user is not None:
-        check_user(user)
+        try:
+            check_user(user)
+        except EventError as error:
+            raise Problem.of(error) from None
     # `*` never reaches the topics of users, so they are named.
     return Caller(user, subscribe=("*",), publish=("*", "user:*"), admin=True)
+
+
+def _cookies(header: str, name: str) -> list[str]:
+    """Return the values of the cookie *name*, in the order they came (RFC 6265, section 4.2)."""
+    found = []
+    for pair in header.split(";"):
+        key, _, value = pair.strip().partition("=")
+        if key == name:
+            found.append(value.strip('"'))
+    return found

@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 
 import structlog
 
+from app.cors import Headers
 from app.problem import Problem
 
 if TYPE_CHECKING:
@@ -28,6 +29,10 @@ Asgi = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 _random = Random()
+# While a process drains, nginx lets go of its idle connections one by one. At
+# the end none is left on which a POST could meet a server that has gone: nginx
+# does not repeat a POST.
+_CLOSE = [(b"connection", b"close")]
 
 
 class Edge:
@@ -48,6 +53,13 @@ class Edge:
         structlog.contextvars.clear_contextvars()
         structlog.contextvars.bind_contextvars(request_id=request_id)
         scope.setdefault("extensions", {})["sse.request_id"] = request_id
+        cors = self._kit.cors
+        preflight = cors.preflight(scope["method"], headers)
+        if preflight is not None:
+            await send({"type": "http.response.start", "status": 204, "headers": preflight})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+            return
+        shared = cors.headers(headers)
         # As Quart and Werkzeug read it: a target may name the host (RFC 9112,
         # section 3.2.2), and repeated slashes in front are ignored.
         path = scope["path"]
@@ -56,13 +68,15 @@ class Edge:
         if path.lstrip("/") == "events" and scope["method"] == "GET":
             problem = self._kit.refusal()
             if problem is not None:
-                await self._refuse(problem, headers, send)
+                await self._refuse(problem, headers, shared, send)
                 return
-            await self._open(scope, receive, send)
+            await self._open(scope, receive, send, shared)
             return
-        await self._app(scope, receive, _closing(send) if self._kit.draining else send)
+        if self._kit.draining:
+            shared = [*shared, *_CLOSE]
+        await self._app(scope, receive, _adding(send, shared) if shared else send)
 
-    async def _open(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _open(self, scope: Scope, receive: Receive, send: Send, shared: Headers) -> None:
         """Run a request whose answer may be a stream on a connection that is taken over."""
         extensions = scope.setdefault("extensions", {})
         # The server's own `send`: Quart wraps it, and the hand-off needs it bare.
@@ -73,10 +87,13 @@ class Edge:
             nonlocal taken
             if taken:
                 return  # the rest of an answer that the server no longer gives
-            if message["type"] == "http.response.start" and (opening := extensions.get("sse.opening")):
-                taken = opening.take(message["status"], message["headers"])
-                if taken:
-                    return
+            if message["type"] == "http.response.start":
+                if shared:
+                    message = {**message, "headers": [*message["headers"], *shared]}
+                if opening := extensions.get("sse.opening"):
+                    taken = opening.take(message["status"], message["headers"])
+                    if taken:
+                        return
             await send(message)
 
         async def receive_on() -> MutableMapping[str, Any]:
@@ -94,7 +111,7 @@ class Edge:
             # They refer to the scope: a ring that only the cyclic collector would open.
             extensions.clear()
 
-    async def _refuse(self, problem: Problem, headers: dict[bytes, bytes], send: Send) -> None:
+    async def _refuse(self, problem: Problem, headers: dict[bytes, bytes], shared: Headers, send: Send) -> None:
         self._kit.tally.refused[problem.status] = self._kit.tally.refused.get(problem.status, 0) + 1
         response = (
             soft_fail(self._kit, problem)
@@ -106,24 +123,21 @@ class Edge:
             {
                 "type": "http.response.start",
                 "status": response.status_code,
-                "headers": [(name.lower().encode(), value.encode()) for name, value in response.headers.items()],
+                "headers": [
+                    *((name.lower().encode(), value.encode()) for name, value in response.headers.items()),
+                    *shared,
+                ],
             }
         )
         await send({"type": "http.response.body", "body": body, "more_body": False})
 
 
-def _closing(send: Send) -> Send:
-    """
-    Return *send* with heads that end the connection.
-
-    While a process drains, nginx lets go of its idle connections one by one.
-    At the end none is left on which a POST could meet a server that has gone:
-    nginx does not repeat a POST.
-    """
+def _adding(send: Send, headers: Headers) -> Send:
+    """Return *send*, with *headers* in every head."""
 
     async def send_on(message: MutableMapping[str, Any]) -> None:
         if message["type"] == "http.response.start":
-            message = {**message, "headers": [*message["headers"], (b"connection", b"close")]}
+            message = {**message, "headers": [*message["headers"], *headers]}
         await send(message)
 
     return send_on

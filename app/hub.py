@@ -33,6 +33,7 @@ class Pace:
     history: float
     slow_consumer: float
     max_age: float
+    expiring: float = 60.0
     slice: float = 0.005
 
     @property
@@ -122,6 +123,7 @@ class Hub:
         now = self.clock()
         stream.opened_at = stream.event_at = stream.beat_at = now
         stream.end_at = now + self.random.uniform(0.8 * self.pace.max_age, self.pace.max_age - self.pace.late)
+        self._set_deadline(stream)
         self.streams[stream.id] = stream
         for topic in stream.topics:
             self._line(topic).setdefault(stream)
@@ -133,6 +135,14 @@ class Hub:
         else:
             stream.pending = preamble
             self._queue(stream)
+
+    def renew(self, stream: Stream, expires_at: float) -> None:
+        """Let *stream* go on until *expires_at*, by the hub's clock; it is warned anew."""
+        if stream.state is not ENDED:
+            stream.expires_at = expires_at
+            stream.warned = False
+            self._set_deadline(stream)
+            self._schedule(stream, self.clock())
 
     def end(self, stream: Stream, reason: str, farewell: bytes = b"") -> None:
         """End *stream* cleanly for *reason*; *farewell* is the last that it reads."""
@@ -409,8 +419,7 @@ class Hub:
 
     def _visit(self, stream: Stream, now: float) -> None:
         pace = self.pace
-        if now >= stream.end_at:
-            self.end(stream, "max_age", self.farewell())
+        if now >= stream.deadline and self._meet_deadline(stream, now):
             return
         if stream.waiting:
             unsent = stream.sink.unsent()
@@ -434,6 +443,25 @@ class Hub:
                 self._write(stream, HEARTBEAT)
         self._schedule(stream, now)
 
+    def _set_deadline(self, stream: Stream) -> None:
+        """Choose what the wheel compares with: one number, however many ends there are."""
+        expiry = stream.expires_at if stream.warned else stream.expires_at - self.pace.expiring
+        stream.deadline = min(stream.end_at, expiry)
+
+    def _meet_deadline(self, stream: Stream, now: float) -> bool:
+        """End *stream* or warn it, whichever is due; return whether it has ended."""
+        if now >= stream.expires_at:
+            self.end(stream, "token_expired", encode(event="stream.expired", data=json.dumps({"stream": stream.id})))
+            return True
+        if now >= stream.end_at:
+            self.end(stream, "max_age", self.farewell())
+            return True
+        stream.warned = True
+        self._set_deadline(stream)
+        left = {"stream": stream.id, "seconds": round(stream.expires_at - now, 3)}
+        self.tell(stream, encode(event="stream.expiring", data=json.dumps(left)))
+        return False
+
     def _schedule(self, stream: Stream, now: float) -> None:
         """Put *stream* on the wheel at its next deadline."""
         if stream.state is ENDED:
@@ -448,7 +476,7 @@ class Hub:
             longest = min(0.95 * pace.heartbeat, pace.heartbeat - pace.late)
             shortest = min(0.7 * pace.heartbeat, longest)
             at = max(stream.event_at, stream.beat_at) + self.random.uniform(shortest, longest)
-        at = min(at, stream.end_at)
+        at = min(at, stream.deadline)
         due = max(math.ceil(at / pace.tick), self._tick + 1)
         if due != stream.due:
             slot = self._wheel.get(stream.due)

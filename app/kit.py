@@ -11,7 +11,10 @@ from random import Random
 import structlog
 
 from app.access import Access
+from app.control import Control
+from app.cors import Cors
 from app.hub import Hub, Pace
+from app.keys import Keys, UrlKeys, load_keys
 from app.log import Log
 from app.memory_log import MemoryLog
 from app.metrics import Metrics, Tally
@@ -19,8 +22,11 @@ from app.problem import Problem
 from app.pulse import Pulse
 from app.reader import Reader
 from app.redis_log import RedisLog
+from app.redis_tickets import RedisTickets
 from app.settings import Settings
 from app.stream import Stream
+from app.tickets import MemoryTickets, Tickets
+from app.tokens import Tokens
 from app.window import Window
 
 
@@ -30,6 +36,7 @@ class Kit:
 
     Attributes:
         access: decides who asks, and what they may.
+        control: ends and renews streams, wherever they live.
         process: names this process in `stream.open`, in logs and in leases.
         draining: no new streams; the open ones are being ended.
         heed: what to do with each kind of notice, given its fields.
@@ -47,13 +54,18 @@ class Kit:
             history=settings.history_seconds,
             slow_consumer=settings.slow_consumer_seconds,
             max_age=settings.max_age_seconds,
+            expiring=settings.expiring_seconds,
         )
-        self.access = Access()
+        self.tickets: Tickets = _tickets(settings)
+        self.keys: Keys | None = load_keys(settings) if settings.auth == "jwt" else None
+        self.cors = Cors(settings.origins())
+        self.access = _access(settings, self.keys, self.tickets)
         self.log: Log = _log(settings, pace.retention)
         self.window = Window(settings.window_max_bytes)
         self.hub = Hub(self.window, pace, time.monotonic, Random())
         self.hub.ended = self._ended
         self.heed: dict[str, Callable[[dict[str, str]], None]] = {}
+        self.control = Control(self.process, self.hub, self.log, self.heed)
         self.reader = Reader(
             self.log,
             self.window,
@@ -71,7 +83,10 @@ class Kit:
 
     def start(self) -> None:
         """Start following the log; call it in the event loop that serves."""
-        for name, work in (("reader", self.reader.run()), ("pulse", self.pulse.run())):
+        works = [("reader", self.reader.run()), ("pulse", self.pulse.run())]
+        if isinstance(self.keys, UrlKeys):
+            works.append(("keys", self.keys.run()))
+        for name, work in works:
             task = asyncio.get_running_loop().create_task(work, name=name)
             task.add_done_callback(self._task_ended)
             self._tasks.append(task)
@@ -83,6 +98,7 @@ class Kit:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.tickets.close()
         await self.log.close()
         self.metrics.close()
 
@@ -187,3 +203,26 @@ def _log(settings: Settings, history_seconds: float) -> Log:
         max_events=settings.log_max_events,
         idempotency_seconds=settings.idempotency_seconds,
     )
+
+
+def _tickets(settings: Settings) -> Tickets:
+    use, longest = settings.ticket_use_seconds, settings.ticket_max_seconds
+    if not settings.redis_url:
+        return MemoryTickets(use, longest)
+    return RedisTickets(
+        settings.redis_url,
+        prefix=settings.key_prefix,
+        use_seconds=use,
+        max_seconds=longest,
+        timeout_seconds=settings.redis_timeout_seconds,
+    )
+
+
+def _access(settings: Settings, keys: Keys | None, tickets: Tickets) -> Access:
+    tokens = keys and Tokens(
+        keys,
+        audience=settings.jwt_audience,
+        issuer=settings.jwt_issuer,
+        leeway=settings.jwt_leeway_seconds,
+    )
+    return Access(tokens.caller if tokens else None, tickets.find, settings.origins())

@@ -103,6 +103,7 @@ class Opening:
             path=path,
         )
         kit.hub.add(stream, self._preamble())
+        kit.control.begun(stream)
         if kit.draining:
             # The door was passed before the drain began, and the drain is over
             # or has not seen this stream.

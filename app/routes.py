@@ -25,11 +25,13 @@ from app.kit import Kit
 from app.log import Batch, IdempotencyConflict, LogUnavailable
 from app.opening import EARLIEST, Opening, Place
 from app.problem import Problem
+from app.settings import Settings
 from app.stream import Stream
+from app.ticket_routes import add_ticket_routes
 
 _STATIC = Path(__file__).parent / "static"
 _STATIC_FILES = frozenset(path.name for path in _STATIC.iterdir())
-_STREAM_ARGUMENTS = frozenset({"topic", "last_event_id", "user"})
+_STREAM_ARGUMENTS = ("ticket", "topic", "last_event_id")
 _EVENT_FIELDS = frozenset({"topics", "event", "data", "retry"})
 _IDEMPOTENCY_KEY = re.compile(r"[\x21-\x7e]{1,255}")
 # What a client may send as its position; anything else was never an id of ours.
@@ -48,7 +50,7 @@ def routes(kit: Kit) -> Blueprint:
     @pages.get("/events")
     async def events() -> Response:
         caller = await _caller(kit)
-        topics = _topics(settings.max_topics, caller)
+        topics = _topics(settings, caller)
         if request.method == "HEAD":
             return _head(Response(b""))
         place = await _place(kit)
@@ -59,7 +61,14 @@ def routes(kit: Kit) -> Blueprint:
             user=caller.user,
             resumed_from=place.asked,
             request_id=extensions["sse.request_id"],
+            expires_at=kit.control.expiry(caller),
+            ticket=caller.ticket,
         )
+        if caller.ticket is not None:
+            kit.control.coming[stream.id] = stream
+            before = await kit.tickets.hold(caller.ticket, stream.id)
+            if before is not None:
+                await kit.control.end(before, "evicted")
         opening = Opening(kit, stream, place, request.scope)
         extensions["sse.opening"] = opening
         response = _head(Response(opening.body()))
@@ -105,6 +114,8 @@ def routes(kit: Kit) -> Blueprint:
             ) from None
         kit.tally.published += len(ids)
         return {"ids": ids}, 201
+
+    add_ticket_routes(pages, kit)
 
     @pages.get("/healthz")
     async def healthz() -> dict[str, Any]:
@@ -152,6 +163,21 @@ def routes(kit: Kit) -> Blueprint:
         # A browser hides the body of an error from EventSource: say it here too.
         kit.logger.info("refused", path=request.path, status=problem.status, why=str(problem))
         return problem.response()
+
+    @pages.app_errorhandler(LogUnavailable)
+    async def unavailable(error: LogUnavailable) -> Response:
+        kit.logger.warning("store_unavailable", path=request.path, error=str(error))
+        return await refused(
+            Problem(
+                503,
+                "log-unavailable",
+                "store",
+                "does not answer",
+                None,
+                "Try again; Redis is away, or refuses.",
+                {"Retry-After": "1"},
+            )
+        )
 
     @pages.app_errorhandler(404)
     async def not_found(error: Exception) -> Response:
@@ -236,15 +262,18 @@ def _check_query() -> None:
         ) from None
 
 
-def _topics(most: int, caller: Caller) -> tuple[str, ...]:
+def _topics(settings: Settings, caller: Caller) -> tuple[str, ...]:
     """Return what the stream carries: as asked, `broadcast`, and the caller's own topic."""
+    most = settings.max_topics
+    # Who a caller is, a token or ticket says; only without any is one believed.
+    known = (*_STREAM_ARGUMENTS, "user") if settings.auth == "none" else _STREAM_ARGUMENTS
     for name in request.args:
-        if name not in _STREAM_ARGUMENTS:
+        if name not in known:
             raise Problem(
                 400,
                 "invalid",
                 "query parameter",
-                "must be topic, last_event_id or user",
+                f"must be {', '.join(known[:-1])} or {known[-1]}",
                 name,
                 "Give each topic as its own `topic=`.",
             )

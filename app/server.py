@@ -26,7 +26,7 @@ from app import handoff, journal
 from app.drain import drain
 from app.factory import create_app
 from app.kit import Kit
-from app.settings import Settings
+from app.settings import SettingError, Settings
 
 # Longest that a listen queue may grow. The kernel caps it at net.core.somaxconn.
 _BACKLOG = 4_096
@@ -89,7 +89,11 @@ def run(settings: Settings) -> int:
 
 
 async def _serve(settings: Settings) -> int:
-    app = create_app(settings)
+    try:
+        app = create_app(settings)
+    except SettingError as error:  # a file of keys that cannot be used
+        print(error, file=sys.stderr)
+        return 2
     kit: Kit = app.extensions["sse"]
     _say_how(kit)
     if settings.metrics_port:
@@ -163,6 +167,7 @@ def _say_how(kit: Kit) -> None:
         process=kit.process,
         url=f"http://{settings.host}:{settings.port}",
         log="redis" if settings.redis_url else "memory",
+        auth=settings.auth,
         handoff="on" if why is None else f"off: {why}",
         loop=settings.loop,
         pid=os.getpid(),

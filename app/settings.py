@@ -35,6 +35,15 @@ _HOST = r"(\[[0-9A-Fa-f:.]+\]|[^@/?,:\[\]]+)(:\d{1,5})?"
 _SENTINEL_URL = re.compile(rf"rediss?\+sentinel://([^@/?]*@)?{_HOST}(,{_HOST})*/[^/?]+(/\d+)?/?(\?.*)?")
 
 
+# What a token may be signed with, by where the keys come from.
+SECRET_ALGORITHMS = ("HS256",)
+JWKS_ALGORITHMS = ("RS256", "ES256", "EdDSA")
+# RFC 7518, section 3.2.
+SECRET_MIN_BYTES = 32
+
+_ORIGIN = re.compile(r"https?://[a-z0-9._-]+(:\d{1,5})?|https?://\[[0-9a-f:]+\](:\d{1,5})?")
+
+
 class SettingError(ValueError):
     """
     A setting has a value that it must not have.
@@ -71,6 +80,10 @@ def _text(default: str, about: str) -> Any:
     return field(default=default, metadata={"rule": _Rule("text", about)})
 
 
+def _secret(about: str) -> Any:
+    return field(default="", repr=False, metadata={"rule": _Rule("text", about)})
+
+
 def _switch(default: bool, about: str) -> Any:
     return field(default=default, metadata={"rule": _Rule("switch", about)})
 
@@ -83,12 +96,47 @@ class Settings:
     env: str = _choice(
         "development", ("development", "production"), "`production` refuses what is only for development."
     )
-    auth: str = _choice("none", ("none",), "`none` lets anybody in and is refused in production.")
+    auth: str = _choice(
+        "none", ("none", "jwt"), "`jwt` asks for a token; `none` lets anybody in and is refused in production."
+    )
     host: str = _text("127.0.0.1", "Address to listen on.")
     port: int = _count(8000, 1, 65535, "Port to listen on.")
     metrics_host: str = _text("127.0.0.1", "Address of `/metrics`.")
     metrics_port: int = _count(9090, 0, 65535, "Port of `/metrics`, which is never on the public one. 0: none.")
     loop: str = _choice("uvloop", ("uvloop", "asyncio"), "Event loop.")
+
+    # --- Who may connect
+    jwt_secret: str = _secret(
+        "Secret of HS256 tokens, 32 bytes or more. A file is better: processes' environments show."
+    )
+    jwt_secret_file: str = _text("", "File with that secret; read again when it changes.")
+    jwks_file: str = _text(
+        "", "File with public keys (a JWK Set) for RS256, ES256 and EdDSA; read again when it changes."
+    )
+    jwks_url: str = _text("", "The same from an `https://…` or `http://…` URL.")
+    jwks_refresh_seconds: float = _seconds(300, 1, 86_400, "How often the URL is read again.")
+    jwks_cooldown_seconds: float = _seconds(
+        10, 0.1, 3_600, "A token with an unknown `kid` has the URL read again, but not more often than this."
+    )
+    jwt_algorithms: str = _text(
+        "", "Allowed algorithms, a part of HS256 (secret) or RS256, ES256, EdDSA (JWKS). Empty: all."
+    )
+    jwt_audience: str = _text("", "What must be among a token's `aud`. Empty: tokens must carry none.")
+    jwt_issuer: str = _text("", "What a token's `iss` must be. Empty: anything.")
+    jwt_leeway_seconds: float = _seconds(
+        10, 0, 300, "How far clocks may differ when `exp`, `nbf` and `iat` are checked."
+    )
+    expiring_seconds: float = _seconds(
+        60, 0, 3_600, "`stream.expiring` comes this long before a stream's token expires."
+    )
+    ticket_use_seconds: float = _seconds(30, 0.1, 600, "A ticket must be used for the first time within this.")
+    ticket_max_seconds: float = _seconds(
+        43_200, 1, 2_592_000, "A ticket ends with the token it was made with, and no later than this."
+    )
+    cors_origins: str = _text(
+        "",
+        "Origins of other sites' pages that may use the API, and whose cookies count: `https://a.example https://b.example`.",
+    )
 
     # --- The log
     redis_url: str = _text(
@@ -158,6 +206,7 @@ class Settings:
                 "none",
                 "It would let anybody in; set SSE_ENV=development to try things out.",
             )
+        self._check_auth()
         if self.heartbeat_seconds * 4 > self.history_seconds:
             raise SettingError(
                 "SSE_HEARTBEAT_SECONDS",
@@ -195,6 +244,55 @@ class Settings:
             raise SettingError(
                 "SSE_REDIS_URL", rule, _without_password(self.redis_url), "Leave it empty for a log in memory."
             )
+
+    def _check_auth(self) -> None:
+        sources = [name for name in ("jwt_secret", "jwt_secret_file", "jwks_file", "jwks_url") if getattr(self, name)]
+        if self.auth == "jwt" and len(sources) != 1:
+            raise SettingError(
+                "SSE_AUTH",
+                "with exactly one of SSE_JWT_SECRET_FILE, SSE_JWT_SECRET, SSE_JWKS_FILE and SSE_JWKS_URL",
+                ", ".join(variable(name) for name in sources) or "none of them",
+                "Say where the keys are that tokens are verified with.",
+            )
+        if self.auth == "none" and sources:
+            raise SettingError(
+                "SSE_AUTH",
+                f"'jwt' where {variable(sources[0])} is set",
+                self.auth,
+                "Else the keys would be there and anybody would get in.",
+            )
+        if self.jwt_secret and len(self.jwt_secret.encode()) < SECRET_MIN_BYTES:
+            raise SettingError(
+                "SSE_JWT_SECRET",
+                f"at least {SECRET_MIN_BYTES} bytes long (RFC 7518, section 3.2)",
+                f"{len(self.jwt_secret.encode())} bytes",
+                "Make one: openssl rand -hex 32",
+            )
+        if self.jwks_url and not re.fullmatch(r"https?://[^\s/]+(/\S*)?", self.jwks_url):
+            raise SettingError(
+                "SSE_JWKS_URL", "an https:// or http:// URL", self.jwks_url, "Such as https://id.example/jwks.json."
+            )
+        allowed = SECRET_ALGORITHMS if self.jwt_secret or self.jwt_secret_file else JWKS_ALGORITHMS
+        for name in self.jwt_algorithms.replace(",", " ").split():
+            if name not in allowed:
+                raise SettingError(
+                    "SSE_JWT_ALGORITHMS",
+                    f"of {', '.join(allowed)}, which this kind of key can verify",
+                    name,
+                    "Leave it empty for all of them.",
+                )
+        for origin in self.origins():
+            if not _ORIGIN.fullmatch(origin):
+                raise SettingError(
+                    "SSE_CORS_ORIGINS",
+                    "origins as browsers send them (scheme, host in lower case, port if not the usual one), never *",
+                    origin,
+                    "Such as https://app.example. Credentials go along, so each one must be named.",
+                )
+
+    def origins(self) -> tuple[str, ...]:
+        """Return SSE_CORS_ORIGINS one by one."""
+        return tuple(self.cors_origins.replace(",", " ").split())
 
 
 def load(environ: Mapping[str, str] | None = None) -> Settings:

@@ -11,6 +11,7 @@ No sockets here: the connection is a `Sink`.
 """
 
 from collections.abc import Callable
+from math import inf
 from typing import Protocol
 
 from app.event import Entry, Piece
@@ -90,11 +91,14 @@ class Stream(_Hot):
     """
 
     __slots__ = (
+        "__weakref__",
         "allowed",
         "beat_at",
         "blocked_at",
+        "deadline",
         "due",
         "end_at",
+        "expires_at",
         "head",
         "id",
         "on_end",
@@ -106,10 +110,12 @@ class Stream(_Hot):
         "request_id",
         "resumed_from",
         "sink",
+        "ticket",
         "topics",
         "unsent",
         "user",
         "waiting",
+        "warned",
     )
 
     def __init__(
@@ -121,6 +127,8 @@ class Stream(_Hot):
         user: str | None = None,
         resumed_from: str = "",
         request_id: str = "",
+        expires_at: float = inf,
+        ticket: str | None = None,
         allowed: Callable[[Entry], bool] | None = None,
         on_end: Callable[["Stream"], None] | None = None,
     ) -> None:
@@ -130,11 +138,14 @@ class Stream(_Hot):
         self.user = user
         self.resumed_from = resumed_from
         self.request_id = request_id
+        self.expires_at = expires_at  # when its rights end, by the hub's clock
+        self.ticket = ticket  # the hash of the ticket that it was opened with
         self.allowed = allowed
         self.on_end = on_end
         self.sink: Sink = None  # type: ignore[assignment]
         self.send: Callable[[bytes], int] = send_nothing
         self.state = BEHIND
+        # Set before it has begun where it is to end as soon as it has.
         self.reason = ""
         # Blocks that go out before anything else: `stream.open`, `stream.reset`.
         self.pending = b""
@@ -148,6 +159,8 @@ class Stream(_Hot):
         self.event_at = 0.0  # last write that carried an id
         self.beat_at = 0.0  # last comment
         self.end_at = 0.0  # when its age ends it
+        self.deadline = 0.0  # the next of: its age, its expiry, the warning of that
+        self.warned = False  # `stream.expiring` is out
         self.due = 0  # the hub's tick that looks at it next
         self.sent = 0  # events and bytes so far; see `packed`
         self.replayed = 0

@@ -5,8 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from app.access import Access, Caller, check_user, own_topic
-from app.event import covers, matches
-from app.problem import Problem
+from app.event import EventError, covers, matches
 
 # Few letters, so that patterns and topics meet.
 TOPIC = st.text("us:er/a%", min_size=1, max_size=6) | st.builds("user:{}".format, st.text("ab%", max_size=3))
@@ -121,5 +120,5 @@ class TestUser:
     @pytest.mark.parametrize("user", ["", "u" * 65, "é" * 64, None, 7, ["a"], "a\ud800"])
     def test_refused(self, user):
         """An id is a string of 1 to 64 characters that fits into a topic."""
-        with pytest.raises(Problem):
+        with pytest.raises(EventError):
             check_user(user)

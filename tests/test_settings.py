@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -126,9 +127,11 @@ class TestChoices:
         """
         Each choice is accepted, and anything else refused with the list of them.
         """
+        # What a choice needs beside it.
+        needs = {"jwt": {"SSE_JWT_SECRET": "s" * 32}}
         for choice in RULES[name].choices:
             if (name, choice) != ("env", "production"):
-                assert choice == getattr(load({variable(name): choice}), name)
+                assert choice == getattr(load({variable(name): choice} | needs.get(choice, {})), name)
 
         assert "must be one of " + ", ".join(RULES[name].choices) in refused({variable(name): "other"})
 
@@ -330,3 +333,49 @@ class TestStart:
         assert "" == done.stdout
         [line] = done.stderr.splitlines()
         assert re.fullmatch(r"SSE_\w+ must be .*, got .*\. .+[.?]", line)
+
+
+class TestAuthentication:
+    """Where the keys are, said once and whole."""
+
+    JWT: ClassVar = {"SSE_AUTH": "jwt"}
+
+    @pytest.mark.parametrize(
+        ("environ", "rule"),
+        [
+            ({}, "exactly one of SSE_JWT_SECRET_FILE, SSE_JWT_SECRET, SSE_JWKS_FILE and SSE_JWKS_URL"),
+            ({"SSE_JWT_SECRET": "s" * 32, "SSE_JWKS_FILE": "/keys"}, "exactly one of"),
+            ({"SSE_JWT_SECRET": "s" * 31}, "at least 32 bytes"),
+            ({"SSE_JWKS_URL": "ftp://id.example/keys"}, "https:// or http:// URL"),
+            ({"SSE_JWKS_URL": "https:///keys"}, "https:// or http:// URL"),
+            ({"SSE_JWT_SECRET": "s" * 32, "SSE_JWT_ALGORITHMS": "RS256"}, "of HS256, which"),
+            ({"SSE_JWKS_FILE": "/keys", "SSE_JWT_ALGORITHMS": "RS256 HS256"}, "of RS256, ES256, EdDSA, which"),
+            ({"SSE_JWKS_FILE": "/keys", "SSE_JWT_ALGORITHMS": "none"}, "of RS256, ES256, EdDSA, which"),
+        ],
+    )
+    def test_refused(self, environ, rule):
+        """Neither none nor two sources, no short secret, no algorithm that its keys do not have."""
+        assert rule in refused(self.JWT | environ)
+
+    def test_keys_without_authentication(self):
+        """Whoever gives keys means them to count."""
+        assert "SSE_AUTH must be 'jwt' where SSE_JWKS_FILE is set" in refused({"SSE_JWKS_FILE": "/keys"})
+
+    def test_the_secret_stays_one(self):
+        """Neither a refusal nor the settings' own text shows it."""
+        secret = "tell nobody" * 2
+        assert secret not in refused(self.JWT | {"SSE_JWT_SECRET": secret})
+        assert "secret of 32" not in repr(load(self.JWT | {"SSE_JWT_SECRET": "secret of 32 bytes and some more."}))
+
+    @pytest.mark.parametrize(
+        "origin", ["*", "null", "https://*.example", "app.example", "https://app.example/", "https://App.example", "ftp://a"]
+    )
+    def test_origins(self, origin):
+        """Each origin is named as browsers send it; all of them is no choice where credentials go along."""
+        assert "SSE_CORS_ORIGINS must be origins as browsers send them" in refused({"SSE_CORS_ORIGINS": origin})
+
+    def test_several_origins(self):
+        """Spaces or commas stand between them."""
+        settings = load({"SSE_CORS_ORIGINS": "https://a.example, http://localhost:3000 https://[::1]:8443"})
+
+        assert ("https://a.example", "http://localhost:3000", "https://[::1]:8443") == settings.origins()

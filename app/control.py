@@ -1,0 +1,146 @@
+"""
+End or renew one stream, wherever it lives: here at once, elsewhere by a notice.
+
+A stream's id names its process, so that only that one acts on a notice.
+"""
+
+import asyncio
+import json
+import secrets
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import NamedTuple
+from weakref import WeakValueDictionary
+
+from app.access import Caller
+from app.event import encode
+from app.hub import Hub
+from app.log import Log, Notice
+from app.stream import ENDED, Stream
+
+# A process that reads the log answers in milliseconds; one that is gone never.
+_ANSWER_SECONDS = 1.5
+
+
+class Renewal(NamedTuple):
+    """
+    What became of a renewal.
+
+    Attributes:
+        found: there is such a stream of that user.
+        refused: the topic that the new token gives no right to.
+        ticket: the hash of the ticket that the stream was opened with.
+    """
+
+    found: bool
+    refused: str = ""
+    ticket: str = ""
+
+
+class Control:
+    """
+    Acts on the streams of all processes.
+
+    Attributes:
+        coming: streams of this process that are allowed and have not begun.
+    """
+
+    def __init__(self, process: str, hub: Hub, log: Log, heed: dict[str, Callable[[dict[str, str]], None]]) -> None:
+        self.coming: WeakValueDictionary[str, Stream] = WeakValueDictionary()
+        self._process = process
+        self._hub = hub
+        self._log = log
+        self._asked: dict[str, asyncio.Future[Renewal]] = {}
+        heed["end"] = self._heed_end
+        heed["renew"] = self._heed_renew
+        heed["renewed"] = self._heed_renewed
+        self._answers: set[asyncio.Task[None]] = set()
+
+    async def end(self, stream: str, reason: str) -> None:
+        """End *stream* for *reason*, if it is still there. Raises LogUnavailable."""
+        if not self._end_here(stream, reason) and not self._is_here(stream):
+            await self._log.notify(Notice("end", {"stream": stream, "reason": reason}))
+
+    async def renew(self, stream: str, caller: Caller) -> Renewal:
+        """Give *stream* of the same user the expiry of *caller*. Raises LogUnavailable."""
+        if self._is_here(stream):
+            return self._renew_here(stream, caller)
+        number = secrets.token_hex(8)
+        answer: asyncio.Future[Renewal] = asyncio.get_running_loop().create_future()
+        self._asked[number] = answer
+        fields = {
+            "stream": stream,
+            "number": number,
+            "caller": json.dumps([caller.user, caller.subscribe, caller.expires_at]),
+        }
+        try:
+            await self._log.notify(Notice("renew", fields))
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_ANSWER_SECONDS):
+                    return await answer
+        finally:
+            del self._asked[number]
+        return Renewal(False)
+
+    def begun(self, stream: Stream) -> None:
+        """End *stream*, which has just begun, if that was asked for while it was on its way."""
+        if stream.reason and stream.state is not ENDED:
+            self._end_here(stream.id, stream.reason)
+
+    def expiry(self, caller: Caller) -> float:
+        """Return when the rights of *caller* end, by the hub's clock."""
+        left = float("inf") if caller.expires_at is None else caller.expires_at - time.time()
+        return self._hub.clock() + left
+
+    def _is_here(self, stream: str) -> bool:
+        return stream.startswith(f"{self._process}-")
+
+    def _end_here(self, id: str, reason: str) -> bool:
+        stream = self._hub.streams.get(id)
+        if stream is not None:
+            self._hub.end(stream, reason, encode(event="stream.evicted", data=json.dumps({"reason": reason})))
+            return True
+        coming = self.coming.get(id)
+        if coming is not None and coming.state is not ENDED:
+            coming.reason = reason  # `begun` ends it
+            return True
+        return False
+
+    def _renew_here(self, id: str, caller: Caller) -> Renewal:
+        stream = self._hub.streams.get(id)
+        if stream is None or stream.user != caller.user:
+            return Renewal(False)
+        for topic in stream.topics:
+            if not caller.may_subscribe(topic):
+                return Renewal(True, topic)
+        self._hub.renew(stream, self.expiry(caller))
+        return Renewal(True, "", stream.ticket or "")
+
+    def _heed_end(self, fields: dict[str, str]) -> None:
+        self._end_here(fields["stream"], fields["reason"])
+
+    def _heed_renew(self, fields: dict[str, str]) -> None:
+        if not self._is_here(fields["stream"]):
+            return
+        user, subscribe, expires_at = json.loads(fields["caller"])
+        done = self._renew_here(fields["stream"], Caller(user, tuple(subscribe), expires_at=expires_at))
+        answer = {
+            "number": fields["number"],
+            "found": str(int(done.found)),
+            "refused": done.refused,
+            "ticket": done.ticket,
+        }
+        task = asyncio.get_running_loop().create_task(self._answer(Notice("renewed", answer)))
+        self._answers.add(task)
+        task.add_done_callback(self._answers.discard)
+
+    async def _answer(self, notice: Notice) -> None:
+        # Without an answer whoever asked says 404, and is asked again.
+        with suppress(Exception):
+            await self._log.notify(notice)
+
+    def _heed_renewed(self, fields: dict[str, str]) -> None:
+        answer = self._asked.get(fields["number"])
+        if answer is not None and not answer.done():
+            answer.set_result(Renewal(fields["found"] == "1", fields["refused"], fields["ticket"]))
