@@ -12,7 +12,14 @@ APPS ?= 2
 TESTS ?= tests
 WORKERS ?= 3
 # `make bench`: 1 for a fifth of the streams, in under 5 minutes.
+# `make test-faults`: 1 for each fault once, in under 3 minutes.
 QUICK ?=
+# `make test-faults`: names with commas (`make test-faults ONLY=help` lists them),
+# the seed of the faults at random, and how many seeds after it.
+ONLY ?=
+SEED ?=
+SEEDS ?=
+FAULTS = $(if $(QUICK),--quick) $(if $(ONLY),--only $(ONLY)) $(if $(SEED),--seed $(SEED)) $(if $(SEEDS),--seeds $(SEEDS))
 
 PYTHON := .venv/bin/python
 STACK := $(PYTHON) -m app.stack
@@ -68,6 +75,10 @@ lint: test-venv ## Check style, types and who may import what.
 .PHONY: test-mutations
 test-mutations: test-packages test-venv ## Break each guarantee, see its test fail (ONLY=, LIST=1).
 	@$(PYTHON) -m tests.mutations --only "$(ONLY)" $(if $(LIST),--list)
+
+.PHONY: test-faults
+test-faults: test-packages test-venv ## Break real parts, audit every stream (QUICK=1, ONLY=, SEED=, SEEDS=).
+	@$(PYTHON) -m tests.faults $(FAULTS)
 
 .PHONY: bench
 bench: bench-packages test-venv ## Measure against the peers (QUICK=1: under 5 minutes).

@@ -39,6 +39,8 @@ class _Lag(Protocol):
     longest_hold_seconds: float
     lag: Histogram
 
+    def tasks(self) -> int: ...
+
 
 class Metrics:
     """
@@ -128,6 +130,9 @@ class Metrics:
             self._pulse.longest_hold_seconds,
         )
         yield _histogram("sse_loop_lag_seconds", "How late the event loop's ticks came.", self._pulse.lag)
+        yield _gauge(
+            "sse_loop_tasks", "Tasks of the event loop: requests, and streams not taken over.", self._pulse.tasks()
+        )
 
 
 def _gauge(name: str, about: str, value: float) -> Metric:

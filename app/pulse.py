@@ -26,6 +26,7 @@ class Pulse:
         self._hub = hub
         self._pumping = False
         self._error: Exception | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
         # Not that of the request which happened to wake the hub: all streams'
         # log lines would carry its id, and it would be kept in memory.
         self._context = Context()
@@ -34,7 +35,8 @@ class Pulse:
     async def run(self) -> None:
         """Beat for ever; raises what went wrong in serving the streams that are behind."""
         interval = self._hub.pace.tick
-        clock = asyncio.get_running_loop().time
+        self._loop = asyncio.get_running_loop()
+        clock = self._loop.time
         while self._error is None:
             expected = clock() + interval
             await asyncio.sleep(interval)
@@ -45,6 +47,10 @@ class Pulse:
             for _ in self._hub.tick():
                 await asyncio.sleep(0)
         raise self._error
+
+    def tasks(self) -> int:
+        """Return how many tasks the event loop has; from any thread."""
+        return 0 if self._loop is None else len(asyncio.all_tasks(self._loop))
 
     def _wake(self) -> None:
         if not self._pumping:
