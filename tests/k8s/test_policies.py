@@ -1,0 +1,182 @@
+"""
+What every overlay and every promised set of components keeps; and that each rule sees what breaks it.
+"""
+
+import copy
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tests.k8s.policies import RULES, broken
+from tests.k8s.rendered import GROUPS, K8S, OVERLAYS, combinations, composed, overlay, pick
+
+Objects = list[dict[str, Any]]
+BASE: tuple[str, ...] = ("redis", "jwt", "network-policy", "autoscaling-keda", "gateway-api", "monitoring")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _kubectl(require: Callable[..., str]) -> None:
+    require("kubectl")
+
+
+class TestAllKeepTheRules:
+    @pytest.mark.parametrize("name", OVERLAYS)
+    def test_overlay(self, name):
+        """Every overlay keeps every rule."""
+        assert [] == broken(overlay(name))
+
+    def test_every_pair_of_components(self):
+        """Whatever README.md lets be combined, alone and two by two, keeps every rule."""
+        rows = combinations()
+        assert len(rows) > 15
+        for row in rows:
+            assert [] == broken(composed(row)), row
+
+    def test_groups_are_those_of_the_readme(self):
+        """k8s/README.md promises these components, and which exclude each other."""
+        table = (K8S / "README.md").read_text().split("## Components", 1)[1].split("\n## ", 1)[0]
+        promised = [tuple(re.findall(r"\[([a-z0-9-]+)\]\(components/", line)) for line in table.splitlines() if line.startswith("| [")]
+
+        assert sorted(GROUPS) == sorted(promised)
+
+    def test_every_component_is_in_a_group(self):
+        """No component is without a test and without a README."""
+        names = {path.parent.relative_to(K8S / "components").as_posix() for path in (K8S / "components").glob("*/kustomization.yaml")}
+
+        assert {name for group in GROUPS for name in group} == names
+        for name in names:
+            assert (K8S / "components" / name / "README.md").exists(), name
+
+
+def app(objects: Objects) -> Any:
+    return pick(objects, "Deployment", "sse-app")["spec"]
+
+
+def nginx(objects: Objects) -> Any:
+    return pick(objects, "Deployment", "sse-nginx")["spec"]
+
+
+def pod(objects: Objects) -> Any:
+    return app(objects)["template"]["spec"]
+
+
+def one(objects: Objects) -> Any:
+    return pod(objects)["containers"][0]
+
+
+def entry(objects: Objects, name: str) -> Any:
+    return next(e for e in one(objects)["env"] if e["name"] == name)
+
+
+def config(objects: Objects, prefix: str) -> Any:
+    return next(o for o in objects if o["kind"] == "ConfigMap" and re.fullmatch(prefix + "-[a-z0-9]{10}", o["metadata"]["name"]))["data"]
+
+
+def without(kind: str, name: str) -> Callable[[Objects], None]:
+    def edit(objects: Objects) -> None:
+        objects.remove(pick(objects, kind, name))
+
+    return edit
+
+
+def setting(name: str, value: str) -> Callable[[Objects], None]:
+    return lambda o: one(o)["env"].append({"name": name, "value": value})
+
+
+# What breaks each rule: small slips that somebody could make in a patch.
+SLIPS: list[tuple[str, Callable[[Objects], Any]]] = [
+    ("restricted", lambda o: pod(o)["securityContext"].pop("runAsNonRoot")),
+    ("restricted", lambda o: pod(o)["securityContext"].pop("seccompProfile")),
+    ("restricted", lambda o: pod(o).update(hostNetwork=True)),
+    ("restricted", lambda o: pod(o)["volumes"].append({"name": "h", "hostPath": {"path": "/"}})),
+    ("restricted", lambda o: nginx(o)["template"]["spec"]["securityContext"]["sysctls"].append({"name": "net.core.somaxconn", "value": "9"})),
+    ("restricted", lambda o: one(o)["securityContext"].update(allowPrivilegeEscalation=True)),
+    ("restricted", lambda o: one(o)["securityContext"]["capabilities"].update(add=["NET_ADMIN"])),
+    ("restricted", lambda o: one(o)["securityContext"].update(privileged=True)),
+    ("restricted", lambda o: one(o)["ports"][0].update(hostPort=80)),
+    ("restricted", lambda o: one(o)["livenessProbe"]["httpGet"].update(host="example.com")),
+    ("restricted", lambda o: nginx(o)["template"]["spec"]["initContainers"][0].pop("securityContext")),
+    ("namespaces_enforce", lambda o: pick(o, "Namespace", "sse")["metadata"]["labels"].pop("pod-security.kubernetes.io/enforce")),
+    ("namespaces_enforce", lambda o: pick(o, "Namespace", "sse")["metadata"]["labels"].update({"pod-security.kubernetes.io/enforce-version": "latest"})),
+    ("read_only_root", lambda o: one(o)["securityContext"].pop("readOnlyRootFilesystem")),
+    ("numbered_user", lambda o: pod(o)["securityContext"].pop("runAsUser")),
+    ("numbered_user", lambda o: pod(o)["securityContext"].update(runAsGroup=0)),
+    ("no_token", lambda o: pod(o).pop("automountServiceAccountToken")),
+    ("no_token", lambda o: pod(o).pop("serviceAccountName")),
+    ("no_token", lambda o: pick(o, "ServiceAccount", "sse-app").pop("automountServiceAccountToken")),
+    ("no_service_links", lambda o: pod(o).pop("enableServiceLinks")),
+    ("resources", lambda o: one(o)["resources"]["requests"].update(memory="1Mi")),
+    ("resources", lambda o: one(o)["resources"]["limits"].update(cpu="1")),
+    ("resources", lambda o: one(o)["resources"]["requests"].pop("cpu")),
+    ("images", lambda o: one(o).update(image="registry.example.com:5000/sse/app")),
+    ("images", lambda o: one(o).update(image="sse-kit/app:latest")),
+    ("images", lambda o: one(o).pop("imagePullPolicy")),
+    ("no_secrets", lambda o: o.append({"kind": "Secret", "metadata": {"name": "x", "namespace": "sse", "labels": {"app.kubernetes.io/part-of": "sse-kit"}}})),
+    ("no_secrets", lambda o: one(o)["env"].append({"name": "REDIS_PASSWORD", "value": "x"})),
+    ("probes", lambda o: one(o).pop("startupProbe")),
+    ("probes", lambda o: one(o).pop("readinessProbe")),
+    ("probes", lambda o: one(o)["livenessProbe"]["httpGet"].update(path="/readyz")),
+    ("probes", lambda o: one(o)["livenessProbe"].update(failureThreshold=3)),
+    ("pre_stop", lambda o: one(o)["lifecycle"].pop("preStop")),
+    ("pre_stop", lambda o: nginx(o)["template"]["spec"]["containers"][0]["lifecycle"].update(preStop={"exec": {"command": ["sleep", "20"]}})),
+    ("ladder", setting("SSE_HEARTBEAT_SECONDS", "30")),
+    ("ladder", setting("SSE_MAX_AGE_SECONDS", "540")),
+    ("ladder", setting("SSE_DRAIN_SECONDS", "100")),
+    ("ladder", lambda o: pod(o).pop("terminationGracePeriodSeconds")),
+    ("ladder", lambda o: nginx(o)["template"]["spec"].update(terminationGracePeriodSeconds=600)),
+    ("ladder", lambda o: nginx(o)["template"]["spec"].update(terminationGracePeriodSeconds=560)),
+    ("rollout", lambda o: app(o)["strategy"].update(rollingUpdate={"maxSurge": "25%", "maxUnavailable": "25%"})),
+    ("rollout", lambda o: nginx(o).pop("progressDeadlineSeconds")),
+    ("rollout", lambda o: app(o).pop("minReadySeconds")),
+    ("spread", lambda o: pod(o)["topologySpreadConstraints"].pop()),
+    ("spread", lambda o: pod(o)["topologySpreadConstraints"][0].pop("matchLabelKeys")),
+    ("disruption", without("PodDisruptionBudget", "sse-app")),
+    ("disruption", lambda o: pick(o, "PodDisruptionBudget", "sse-app")["spec"].pop("unhealthyPodEvictionPolicy")),
+    ("autoscaled", lambda o: app(o).update(replicas=3)),
+    ("autoscaled", lambda o: o.append(pick(o, "ScaledObject", "sse-app"))),
+    ("autoscaled", lambda o: pick(o, "ScaledObject", "sse-app")["spec"]["triggers"][0]["metadata"].update(query="sum(sse_streams_open)")),
+    ("names_resolve", lambda o: one(o)["envFrom"][0]["configMapRef"].update(name="sse-app")),
+    ("names_resolve", lambda o: one(o)["readinessProbe"]["httpGet"].update(port="web")),
+    ("names_resolve", lambda o: one(o)["volumeMounts"][0].update(name="none")),
+    ("names_resolve", lambda o: entry(o, "REDIS_PASSWORD")["valueFrom"]["secretKeyRef"].update(name="none")),
+    ("names_resolve", lambda o: nginx(o)["template"]["spec"]["volumes"][0]["configMap"].update(name="none")),
+    ("services_reach_pods", lambda o: pick(o, "Service", "sse-nginx")["spec"]["selector"].update(tier="web")),
+    ("services_reach_pods", lambda o: pick(o, "Service", "sse-app")["spec"]["ports"][0].update(targetPort="web")),
+    ("services_reach_pods", lambda o: pick(o, "HTTPRoute", "sse")["spec"]["rules"][0]["backendRefs"][0].update(port=8080)),
+    ("headless_stays", lambda o: pick(o, "Service", "sse-app-headless")["spec"].pop("publishNotReadyAddresses")),
+    ("headless_stays", lambda o: pick(o, "Service", "sse-app-headless")["spec"].pop("clusterIP")),
+    ("one_namespace", lambda o: pick(o, "Service", "sse-app")["metadata"].update(namespace="default")),
+    ("labelled", lambda o: pick(o, "Service", "sse-app")["metadata"]["labels"].pop("app.kubernetes.io/part-of")),
+    ("labelled", lambda o: app(o)["template"]["metadata"]["labels"].pop("app.kubernetes.io/part-of")),
+    ("starts", setting("SSE_HOST", "127.0.0.1")),
+    ("starts", setting("SSE_HEARTBEAT", "15")),
+    ("starts", setting("SSE_PORT", "8001")),
+    ("starts", setting("SSE_AUTH", "none")),
+    ("shared_log", lambda o: (one(o)["env"].remove(entry(o, "SSE_REDIS_URL")), o.remove(pick(o, "ScaledObject", "sse-app")), app(o).update(replicas=2))),
+    ("nginx_files", lambda o: config(o, "sse-nginx").update({"nginx.conf": config(o, "sse-nginx")["nginx.conf"] + " "})),
+    ("nginx_files", lambda o: config(o, "sse-nginx-snippets").pop("sse-proxy.conf")),
+    ("ways_are_open", without("NetworkPolicy", "sse-default-deny")),
+    ("ways_are_open", without("NetworkPolicy", "sse-dns")),
+    ("ways_are_open", without("NetworkPolicy", "sse-redis")),
+    ("ways_are_open", without("NetworkPolicy", "sse-nginx")),
+    ("ways_are_open", lambda o: pick(o, "NetworkPolicy", "sse-app")["spec"]["ingress"][0]["ports"][0].update(port=9000)),
+]  # fmt: skip
+
+
+class TestEachRuleSees:
+    def test_every_rule_has_a_slip(self):
+        """A rule that was never seen failing may be no rule."""
+        assert set(RULES) == {name for name, _ in SLIPS}
+
+    @pytest.mark.parametrize(("name", "slip"), SLIPS, ids=[f"{i}-{name}" for i, (name, _) in enumerate(SLIPS)])
+    def test_slip(self, name, slip):
+        """Each slip is seen, by the rule that is there for it."""
+        objects = copy.deepcopy(composed(BASE))
+        assert [] == broken(objects)
+        slip(objects)
+
+        assert name in {fault.split(":")[0] for fault in broken(objects)}
+
+
