@@ -6,6 +6,7 @@ A stream's id names its process, so that only that one acts on a notice.
 
 import asyncio
 import json
+import re
 import secrets
 import time
 from collections.abc import Callable
@@ -19,6 +20,8 @@ from app.hub import Hub
 from app.log import Log, Notice
 from app.stream import ENDED, Stream
 
+# A stream's id, as `Kit.next_stream_id` writes it.
+_ELSEWHERE = re.compile(r"[0-9a-f]{6}-[1-9][0-9]{0,18}")
 # A process that reads the log answers in milliseconds; one that is gone never.
 _ANSWER_SECONDS = 1.5
 
@@ -66,6 +69,8 @@ class Control:
         """Give *stream* of the same user the expiry of *caller*. Raises LogUnavailable."""
         if self._is_here(stream):
             return self._renew_here(stream, caller)
+        if not _ELSEWHERE.fullmatch(stream):
+            return Renewal(False)
         number = secrets.token_hex(8)
         answer: asyncio.Future[Renewal] = asyncio.get_running_loop().create_future()
         self._asked[number] = answer

@@ -23,6 +23,7 @@ from app.event import (
 )
 from app.kit import Kit
 from app.log import Batch, IdempotencyConflict, LogUnavailable
+from app.openapi import document
 from app.opening import EARLIEST, Opening, Place
 from app.problem import Problem
 from app.settings import Settings
@@ -46,6 +47,7 @@ def routes(kit: Kit) -> Blueprint:
     """Return all routes of one process."""
     pages = Blueprint("sse", __name__)
     settings = kit.settings
+    description = document(settings)
 
     @pages.get("/events")
     async def events() -> Response:
@@ -127,6 +129,10 @@ def routes(kit: Kit) -> Blueprint:
         if why is not None:
             return {"status": "unready", "reason": why, "process": kit.process}, 503
         return {"status": "ready", "process": kit.process, "streams": len(kit.hub)}, 200
+
+    @pages.get("/openapi.json")
+    async def describe() -> dict[str, Any]:
+        return description
 
     @pages.get("/")
     async def page() -> Response:
