@@ -370,6 +370,59 @@ class TestFlush:
 
         assert ["1", "2"] == sink.data
 
+    def test_stream_that_is_held_and_catches_up_in_the_middle(self, bench, monkeypatch):
+        """
+        A stream that was held before its turn, and has caught up by then, has had the batch already.
+        """
+        monkeypatch.setattr(hub_module, "_STRIDE", 1)
+        streams = [bench.open("a") for _ in range(6)]
+        stream, sink = streams[-1]
+        bench.now += 14
+        flush = self.begin(bench, ("a",))
+        sink.room = 1
+        bench.hub._visit(stream, bench.now)
+        bench.taken(stream, sink)
+        bench.pump()
+        assert (["1"], LIVE) == (sink.data, stream.state)
+        self.finish(bench, flush)
+        bench.publish(("a",))
+
+        assert [["1", "2"]] * 6 == [each.data for _, each in streams]
+
+    def test_stream_that_begins_while_a_batch_is_planned(self, bench):
+        """
+        A stream that begins between two topics of a batch begins behind all of it.
+        """
+        bench.cost = 0.01  # every look at the clock ends the slice
+        bench.open("a")
+        flush = bench.hub.flush(bench.read(("a",), ("b",)))
+        next(flush)
+        _, fresh = bench.open("b")
+        self.finish(bench, flush)
+        bench.publish(("b",))
+
+        assert ["3"] == fresh.data
+
+    def test_quiet_stream_that_is_held(self, bench):
+        """
+        A live stream stands where the hub has settled, also where its own topics were quiet for long: what
+        the window let go of meanwhile was not owed to it.
+        """
+        stream, sink = bench.open("quiet")
+        for _ in range(3):
+            bench.publish(("a",), ("a",))
+        bench.window.trim_before(bench.window.newest())
+        bench.now += 14
+        sink.room = 1
+        bench.hub._visit(stream, bench.now)
+        assert stream.waiting
+        bench.taken(stream, sink)
+        bench.publish(("quiet",))
+        bench.pump()
+
+        assert ["7"] == sink.data
+        assert "stream.reset" not in sink.names
+
     def test_stream_that_takes_only_a_part(self, bench):
         """
         A stream whose connection is full is behind from there, gets nothing, and misses nothing.

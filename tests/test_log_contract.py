@@ -8,7 +8,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from app.event import Draft, Entry
@@ -505,6 +505,9 @@ class TestFingerprint:
         """
         assert known == fingerprint(drafts)
 
+    @example([Draft(("t",), "c", "a,data,b")], [Draft(("t",), "b,data,c", "a")])
+    @example([Draft(("t",), "c", "a,4:data,1:b")], [Draft(("t",), "b,4:data,1:c", "a")])
+    @example([Draft(("t",), "a")] * 2, [Draft(("t",), "a,4;6:topics,1:t,4:data,1:a")])
     @given(st.lists(_drafts, min_size=1, max_size=3), st.lists(_drafts, min_size=1, max_size=3))
     def test_tells_events_apart(self, drafts, others):
         """

@@ -13,6 +13,7 @@ import pytest
 from app.event import Draft
 from app.log import ORIGIN, Batch, IdempotencyConflict, LogUnavailable, Notice, read_id
 from app.redis_log import RedisLog
+from app.settings import rules
 from app.stack import Redis
 from tests.live import Proxy, Site, becomes, connect, eventually, frozen, run
 
@@ -258,6 +259,21 @@ class TestConnections:
 
         for _ in range(3):
             assert [] == await log.read("e", ORIGIN, 1, 60)
+
+    async def test_shortest_timeout(self, make, hands):
+        """
+        With the least SSE_REDIS_TIMEOUT_SECONDS an idle reader still waits, and does not ask all the time.
+        """
+        log = make(timeout_seconds=dict(rules())["redis_timeout_seconds"].low)
+        await log.open()
+        await log.read("e", ORIGIN, 1, 60)
+        before = hands.info("commandstats")["cmdstat_xread"]["calls"]
+        began = time.monotonic()
+        while time.monotonic() - began < 0.5:
+            assert [] == await log.read("e", ORIGIN, 1, 60)
+
+        # 50 ms each, and what Redis needs to notice that they are over.
+        assert hands.info("commandstats")["cmdstat_xread"]["calls"] - before <= 12
 
     async def test_server_that_forgot_the_scripts(self, make, hands):
         """

@@ -172,6 +172,18 @@ class TestReset:
 
         assert (b"", window.end, 0, window.end) == window.pull(("a",), window.end, 100)
 
+    def test_memory_of_before(self):
+        """
+        Topics of before leave nothing behind, whether or not they are used again.
+        """
+        window = filled(("a",), ("b",), ("a", "c"))
+        window.reset("f", (7, 0), "f:7-0")
+        window.append(entry(8, "a"))
+        window.trim_before((9, 0))
+
+        assert {} == window._lines
+        assert (0, 0) == (len(window), window.bytes)
+
 
 class TestPull:
     def test_one_topic(self):
@@ -325,6 +337,21 @@ class TestPull:
         assert entry(34, "a/49/x").block == found
         # The entry that reaches the bound is looked at as a whole.
         assert worst <= 500 + of * on
+
+    def test_topics_of_many_entries_count(self, monkeypatch):
+        """
+        An entry counts with all its topics, also where all were compared before: each is looked up.
+        """
+        monkeypatch.setattr(window_module, "_SCAN_TOPICS", 500)
+        window = filled(*[tuple(f"b/{m}" for m in range(50))] * 60)
+
+        ends, cursor = [], window.first
+        while cursor < window.end:
+            _, cursor, _, _ = window.pull(("a/*",), cursor, 1 << 20)
+            ends.append(cursor)
+
+        # The first entry is compared (50) and looked up (50), eight more are looked up.
+        assert [9] * 6 + [6] == [end - begin for begin, end in pairwise([window.first, *ends])]
 
     def test_topics_that_come_again_are_compared_once(self, monkeypatch):
         """
