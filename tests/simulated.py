@@ -28,6 +28,7 @@ from app import opening as opening_module
 from app import reader as reader_module
 from app import routes as routes_module
 from app import window as window_module
+from app.control import Control
 from app.event import Entry, Piece, encode, matches
 from app.hub import Hub, Pace
 from app.log import ORIGIN, Batch, LogState, LogUnavailable, Notice, Position, from_fields, read_id
@@ -506,6 +507,7 @@ class Process:
             process=name,
             logger=Quiet(),
             draining=False,
+            control=Control(name, self.hub, self.log, {}),  # type: ignore[arg-type]
         )
         self.tasks = [world.task(self.reader.run()), world.task(self.pulse.run())]
 
