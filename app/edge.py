@@ -1,8 +1,8 @@
 """
 The door: what is decided about a request before Quart does any work for it.
 
-A process that drains or is full refuses new streams here, cheaply, so that a
-storm of them lengthens their own wait and nobody else's. A native EventSource
+A process that drains or is full refuses new streams here, cheaply, and a storm
+of them waits here: see `app.admission`. A native EventSource
 gives up for ever on any answer but 200; what only means "later" reaches it as
 200 with `retry:` and a clean end, the soft fail.
 """
@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 
 import structlog
 
+from app import handoff
 from app.cors import Headers
 from app.problem import Problem
 
@@ -66,7 +67,9 @@ class Edge:
         if not path.startswith("/"):
             path = urlsplit(path).path
         if path.lstrip("/") == "events" and scope["method"] == "GET":
-            problem = self._kit.refusal()
+            problem = await self._kit.admitted()
+            if handoff.gone(send):
+                return  # it did not wait for its turn
             if problem is not None:
                 await self._refuse(problem, headers, shared, send)
                 return

@@ -430,6 +430,14 @@ def take_over(scope: Any, send: Any, stream: Stream, hub: Hub, send_buffer: int)
     return True
 
 
+def gone(send: Any) -> bool:
+    """Tell whether the client of a request has left, as far as the server below lets it be seen."""
+    below = _below(send)
+    return (below.reader is not None and below.reader._eof) or (
+        below.transport is not None and below.transport.is_closing()
+    )
+
+
 def _owners(send: Any) -> tuple[Any, Any, Any]:
     """Return the objects whose method *send* is, one below the other."""
     http = getattr(send, "__self__", None)

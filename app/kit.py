@@ -11,6 +11,7 @@ from random import Random
 import structlog
 
 from app.access import Access
+from app.admission import Admission
 from app.control import Control
 from app.cors import Cors
 from app.hub import Hub, Pace
@@ -74,8 +75,15 @@ class Kit:
             heed=self.heed,
         )
         self.pulse = Pulse(self.hub)
+        self.admission = Admission(settings.open_wait_seconds)
         self.metrics = Metrics(
-            self.tally, self.hub, self.window, self.reader, self.pulse, max_streams=settings.max_streams
+            self.tally,
+            self.hub,
+            self.window,
+            self.reader,
+            self.pulse,
+            max_streams=settings.max_streams,
+            line=self.admission,
         )
         self.failed = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
@@ -140,6 +148,22 @@ class Kit:
                 {"Retry-After": "5"},
             )
         return None
+
+    async def admitted(self) -> Problem | None:
+        """Return when a stream may be opened, or why none can be."""
+        problem = self.refusal()
+        if problem is None and not await self.admission.enter():
+            return Problem(
+                429,
+                "process-busy",
+                "opens that wait",
+                f"must begin within SSE_OPEN_WAIT_SECONDS ({self.settings.open_wait_seconds:g})",
+                len(self.admission),
+                "Connect again later, or run more processes.",
+                {"Retry-After": "5"},
+            )
+        # What holds now, and not when the wait began.
+        return problem or self.refusal()
 
     async def unready(self) -> str | None:
         """

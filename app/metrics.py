@@ -5,7 +5,7 @@ The hot path counts in plain integers; they are read when somebody asks.
 https://prometheus.io/docs/practices/naming/
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from dataclasses import dataclass, field
 from threading import Thread
 from typing import Protocol
@@ -51,10 +51,11 @@ class Metrics:
     """
 
     def __init__(
-        self, tally: Tally, hub: Hub, window: Window, reader: Reader, pulse: _Lag, *, max_streams: int
+        self, tally: Tally, hub: Hub, window: Window, reader: Reader, pulse: _Lag, *, max_streams: int, line: Sized
     ) -> None:
         self.handoff = False
         self._max_streams = max_streams
+        self._line = line
         self._tally = tally
         self._hub = hub
         self._window = window
@@ -83,12 +84,15 @@ class Metrics:
         hub, window, reader, tally = self._hub, self._window, self._reader, self._tally
         counts = hub.counts
         yield _gauge("sse_streams_open", "Streams open now.", len(hub))
+        yield _gauge("sse_opens_waiting", "Opens that wait for their turn.", len(self._line))
         yield _gauge("sse_streams_limit", "Most streams of this process: SSE_MAX_STREAMS.", self._max_streams)
         yield _counter("sse_streams_opened", "Streams opened.", counts.opened)
         yield _labelled("sse_streams_ended", "Streams ended, by reason.", "reason", tally.ended.items())
         yield _counter("sse_streams_resumed", "Streams opened with a position.", tally.resumed)
         yield _counter("sse_streams_handed_off", "Streams on a taken-over connection.", tally.handed_off)
-        yield _gauge("sse_handoff", "1 if connections are taken over from Hypercorn, as they should.", int(self.handoff))
+        yield _gauge(
+            "sse_handoff", "1 if connections are taken over from Hypercorn, as they should.", int(self.handoff)
+        )
         yield _counter("sse_deliveries", "Events written to streams.", counts.deliveries)
         yield _counter("sse_delivered_bytes", "Bytes written to streams.", counts.bytes)
         yield _counter("sse_replayed", "Events written to streams that were behind.", counts.replayed)

@@ -184,6 +184,9 @@ class Settings:
 
     # --- Limits
     max_streams: int = _count(15_000, 1, 1_000_000, "Most streams of this process.")
+    open_wait_seconds: float = _seconds(
+        10, 0.05, 60, "In a storm, opens wait for their turn so long at most; then they get 429 or the soft fail."
+    )
     max_topics: int = _count(50, 1, 10_000, "Most topics of one stream or one event.")
     max_event_bytes: int = _count(1_048_576, 1, 67_108_864, "Largest `data` of one event.")
     max_body_bytes: int = _count(2_097_152, 100, 134_217_728, "Largest body of a request.")
