@@ -15,9 +15,9 @@ from typing import NamedTuple
 from weakref import WeakValueDictionary
 
 from app.access import Caller
-from app.event import encode
+from app.event import RETRY_MAX_MS, encode
 from app.hub import Hub
-from app.log import Log, Notice
+from app.log import ORIGIN, Log, Notice, mark_id, write_id
 from app.stream import ENDED, Stream
 
 # A stream's id, as `Kit.next_stream_id` writes it.
@@ -49,7 +49,16 @@ class Control:
         coming: streams of this process that are allowed and have not begun.
     """
 
-    def __init__(self, process: str, hub: Hub, log: Log, heed: dict[str, Callable[[dict[str, str]], None]]) -> None:
+    def __init__(
+        self,
+        process: str,
+        hub: Hub,
+        log: Log,
+        heed: dict[str, Callable[[dict[str, str]], None]],
+        *,
+        evicted_seconds: float = 60.0,
+    ) -> None:
+        self._evicted_seconds = evicted_seconds
         self.coming: WeakValueDictionary[str, Stream] = WeakValueDictionary()
         self._process = process
         self._hub = hub
@@ -62,7 +71,7 @@ class Control:
 
     async def end(self, stream: str, reason: str) -> None:
         """End *stream* for *reason*, if it is still there. Raises LogUnavailable."""
-        if not self._end_here(stream, reason) and not self._is_here(stream):
+        if not self.end_here(stream, reason) and not self._is_here(stream):
             await self._log.notify(Notice("end", {"stream": stream, "reason": reason}))
 
     async def renew(self, stream: str, caller: Caller) -> Renewal:
@@ -90,8 +99,9 @@ class Control:
 
     def begun(self, stream: Stream) -> None:
         """End *stream*, which has just begun, if that was asked for while it was on its way."""
+        self.coming.pop(stream.id, None)
         if stream.reason and stream.state is not ENDED:
-            self._end_here(stream.id, stream.reason)
+            self.end_here(stream.id, stream.reason)
 
     def expiry(self, caller: Caller) -> float:
         """Return when the rights of *caller* end, by the hub's clock."""
@@ -101,16 +111,33 @@ class Control:
     def _is_here(self, stream: str) -> bool:
         return stream.startswith(f"{self._process}-")
 
-    def _end_here(self, id: str, reason: str) -> bool:
+    def end_here(self, id: str, reason: str) -> bool:
+        """End the stream *id* for *reason*, or as soon as it has begun; False if it is not here."""
         stream = self._hub.streams.get(id)
         if stream is not None:
-            self._hub.end(stream, reason, encode(event="stream.evicted", data=json.dumps({"reason": reason})))
+            self._hub.end(stream, reason, self._farewell(stream, reason))
             return True
         coming = self.coming.get(id)
         if coming is not None and coming.state is not ENDED:
             coming.reason = reason  # `begun` ends it
             return True
         return False
+
+    def _farewell(self, stream: Stream, reason: str) -> bytes:
+        data = json.dumps({"reason": reason})
+        if reason != "evicted":
+            return encode(event="stream.evicted", data=data)
+        # It would only find its place taken: it comes back later, with a mark.
+        window, position = self._hub.window, self._hub.position(stream)
+        # Where the window no longer reaches back to what it has had, it is told so then.
+        id = window.id_at(position) if position >= window.first else write_id(window.epoch, ORIGIN)
+        wait = self._evicted_seconds * self._hub.random.uniform(0.75, 1.25)
+        return encode(
+            id=mark_id(id),
+            event="stream.evicted",
+            data=data,
+            retry=min(RETRY_MAX_MS, int(wait * 1000)),
+        )
 
     def _renew_here(self, id: str, caller: Caller) -> Renewal:
         stream = self._hub.streams.get(id)
@@ -123,7 +150,7 @@ class Control:
         return Renewal(True, "", stream.ticket or "")
 
     def _heed_end(self, fields: dict[str, str]) -> None:
-        self._end_here(fields["stream"], fields["reason"])
+        self.end_here(fields["stream"], fields["reason"])
 
     def _heed_renew(self, fields: dict[str, str]) -> None:
         if not self._is_here(fields["stream"]):

@@ -18,6 +18,7 @@ import structlog
 
 from app import handoff
 from app.cors import Headers
+from app.event import RETRY_MAX_MS
 from app.problem import Problem
 
 if TYPE_CHECKING:
@@ -111,14 +112,16 @@ class Edge:
         try:
             await self._app(scope, receive_on, send_on)
         finally:
+            if opening := extensions.get("sse.opening"):
+                opening.close()
             # They refer to the scope: a ring that only the cyclic collector would open.
             extensions.clear()
 
     async def _refuse(self, problem: Problem, headers: dict[bytes, bytes], shared: Headers, send: Send) -> None:
-        self._kit.tally.refused[problem.status] = self._kit.tally.refused.get(problem.status, 0) + 1
+        self._kit.tally.refuse(problem.status, problem.slug)
         response = (
             soft_fail(self._kit, problem)
-            if self._kit.settings.soft_fail and wants_soft_fail(headers)
+            if self._kit.settings.soft_fail and wants_soft_fail(headers, problem)
             else problem.response()
         )
         body = await response.get_data(as_text=False)
@@ -146,17 +149,18 @@ def _adding(send: Send, headers: Headers) -> Send:
     return send_on
 
 
-def wants_soft_fail(headers: dict[bytes, bytes]) -> bool:
+def wants_soft_fail(headers: dict[bytes, bytes], problem: Problem) -> bool:
     """
     Tell whether a native EventSource asks, and nobody before us softens the answer.
 
     It sends `Accept: text/event-stream` and cannot send `Authorization`. Our
-    nginx snippet says by `X-Sse-Soft-Fail` that it does the softening itself.
+    nginx snippet says by `X-Sse-Soft-Fail` that it does the softening itself;
+    but only we know how long a user's limit will hold.
     """
     return (
         headers.get(b"accept", b"").strip() == b"text/event-stream"
         and b"authorization" not in headers
-        and b"x-sse-soft-fail" not in headers
+        and (b"x-sse-soft-fail" not in headers or problem.wait_seconds is not None)
     )
 
 
@@ -165,7 +169,10 @@ def soft_fail(kit: "Kit", problem: Problem) -> Any:
     from quart import Response
 
     kit.tally.soft_failed += 1
-    retry = _random.randint(2_000, 8_000) if problem.status == 429 else _random.randint(500, 2_000)
+    if problem.wait_seconds is not None:
+        retry = min(RETRY_MAX_MS, int(problem.wait_seconds * 1000))
+    else:
+        retry = _random.randint(2_000, 8_000) if problem.status == 429 else _random.randint(500, 2_000)
     response = Response(
         f"retry: {retry}\n: {problem.status}, come back later\n\n",
         status=200,

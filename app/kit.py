@@ -12,16 +12,19 @@ import structlog
 
 from app.access import Access
 from app.admission import Admission
+from app.buckets import Buckets
 from app.control import Control
 from app.cors import Cors
 from app.hub import Hub, Pace
 from app.keys import Keys, UrlKeys, load_keys
+from app.leases import Leases
 from app.log import Log
 from app.memory_log import MemoryLog
 from app.metrics import Metrics, Tally
 from app.problem import Problem
 from app.pulse import Pulse
 from app.reader import Reader
+from app.redis_leases import RedisLeases
 from app.redis_log import RedisLog
 from app.redis_tickets import RedisTickets
 from app.settings import Settings
@@ -29,6 +32,9 @@ from app.stream import Stream
 from app.tickets import MemoryTickets, Tickets
 from app.tokens import Tokens
 from app.window import Window
+
+# A user's tabs come back together after a drain; a bucket holds this many seconds of its rate.
+_BURST_SECONDS = 20
 
 
 class Kit:
@@ -38,6 +44,9 @@ class Kit:
     Attributes:
         access: decides who asks, and what they may.
         control: ends and renews streams, wherever they live.
+        leases: how many streams each user has, over all processes.
+        connects: how often a user may open a stream here.
+        publishes: how many events a caller may publish here.
         process: names this process in `stream.open`, in logs and in leases.
         draining: no new streams; the open ones are being ended.
         heed: what to do with each kind of notice, given its fields.
@@ -66,7 +75,16 @@ class Kit:
         self.hub = Hub(self.window, pace, time.monotonic, Random())
         self.hub.ended = self._ended
         self.heed: dict[str, Callable[[dict[str, str]], None]] = {}
-        self.control = Control(self.process, self.hub, self.log, self.heed)
+        self.control = Control(
+            self.process, self.hub, self.log, self.heed, evicted_seconds=settings.evicted_retry_seconds
+        )
+        self.leases = _leases(settings, self.process)
+        self.leases.end = self.control.end_here
+        self.heed["evict"] = self.leases.heed_evict
+        self.heed["granted"] = self.leases.heed_granted
+        self.heed["revoke"] = self.leases.heed_revoke
+        self.connects = Buckets(settings.limit_connects_per_user, _BURST_SECONDS * settings.limit_connects_per_user)
+        self.publishes = Buckets(settings.limit_publish_per_user, _BURST_SECONDS * settings.limit_publish_per_user)
         self.reader = Reader(
             self.log,
             self.window,
@@ -82,6 +100,7 @@ class Kit:
             self.window,
             self.reader,
             self.pulse,
+            self.leases,
             max_streams=settings.max_streams,
             line=self.admission,
         )
@@ -94,6 +113,8 @@ class Kit:
         works = [("reader", self.reader.run()), ("pulse", self.pulse.run())]
         if isinstance(self.keys, UrlKeys):
             works.append(("keys", self.keys.run()))
+        if self.settings.redis_url:
+            works.append(("leases", self.leases.run()))
         for name, work in works:
             task = asyncio.get_running_loop().create_task(work, name=name)
             task.add_done_callback(self._task_ended)
@@ -106,6 +127,7 @@ class Kit:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.leases.stop()
         await self.tickets.close()
         await self.log.close()
         self.metrics.close()
@@ -114,6 +136,10 @@ class Kit:
         """Return an id that no other stream of any process has."""
         self._streams += 1
         return f"{self.process}-{self._streams}"
+
+    def ended_here(self, stream: Stream) -> None:
+        """Give back the place of *stream*: all that it was to write is on its way."""
+        self.leases.release(stream.id)
 
     def refusal(self) -> Problem | None:
         """Return why no new stream can be opened now, or None."""
@@ -226,6 +252,27 @@ def _log(settings: Settings, history_seconds: float) -> Log:
         history_seconds=history_seconds,
         max_events=settings.log_max_events,
         idempotency_seconds=settings.idempotency_seconds,
+    )
+
+
+def _leases(settings: Settings, process: str) -> Leases:
+    store = None
+    if settings.redis_url:
+        store = RedisLeases(
+            settings.redis_url,
+            process,
+            prefix=settings.key_prefix,
+            limit=settings.limit_streams_per_user,
+            lease_seconds=settings.lease_seconds,
+            max_age_seconds=settings.max_age_seconds,
+            timeout_seconds=settings.redis_timeout_seconds,
+        )
+    return Leases(
+        process,
+        limit=settings.limit_streams_per_user,
+        evicts=settings.limit_policy == "evict",
+        store=store,
+        lease_seconds=settings.lease_seconds,
     )
 
 

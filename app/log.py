@@ -35,7 +35,9 @@ class Position(NamedTuple):
 
 ORIGIN = Position(0, 0)
 
-_ID = re.compile(r"([a-z0-9]{1,16}):([0-9]{1,20})-([0-9]{1,20})")
+# What follows an id that an evicted stream ended with. Clients send it back as it is.
+_MARK = "~e"
+_ID = re.compile(r"([a-z0-9]{1,16}):([0-9]{1,20})-([0-9]{1,20})(?:" + _MARK + ")?")
 # Redis counts both parts of its ids in 64 bits, and refuses larger ones.
 _MOST = 2**64 - 1
 
@@ -186,6 +188,21 @@ def read_id(id: str) -> tuple[str, Position] | None:
         return None
     position = Position(int(match[2]), int(match[3]))
     return None if max(position) > _MOST else (match[1], position)
+
+
+def mark_id(id: str) -> str:
+    """
+    Return *id* with a mark: the same position, held by a client that was evicted.
+
+    It comes back with it by itself, and must not evict another in turn: two
+    tabs would throw each other out for ever.
+    """
+    return id + _MARK
+
+
+def is_marked(id: str) -> bool:
+    """Tell whether *id* was given by `mark_id`."""
+    return id.endswith(_MARK)
 
 
 def made_ms(position: Position) -> int:

@@ -16,9 +16,13 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 
 from app.histogram import Histogram
 from app.hub import Hub
+from app.leases import Leases
 from app.reader import Reader
 from app.stream import REASONS
 from app.window import Window
+
+# Problems that say that there is too much of something.
+LIMITS = ("process-full", "process-busy", "user-full", "user-rate", "publish-rate")
 
 
 @dataclass(slots=True)
@@ -28,11 +32,19 @@ class Tally:
     ended: dict[str, int] = field(default_factory=lambda: dict.fromkeys(REASONS, 0))
     published: int = 0
     refused: dict[int, int] = field(default_factory=dict)
+    # By the limit that refused; the problem's name is the limit's.
+    limited: dict[str, int] = field(default_factory=lambda: dict.fromkeys(LIMITS, 0))
     soft_failed: int = 0
     handed_off: int = 0
     resumed: int = 0
     # Events that one stream caught up with, counted when it ends.
     replays: Histogram = field(default_factory=lambda: Histogram(0, 1, 10, 100, 1_000, 10_000, 100_000))
+
+    def refuse(self, status: int, slug: str) -> None:
+        """Count a request that was refused with the problem *slug*."""
+        self.refused[status] = self.refused.get(status, 0) + 1
+        if slug in self.limited:
+            self.limited[slug] += 1
 
 
 class _Lag(Protocol):
@@ -51,8 +63,18 @@ class Metrics:
     """
 
     def __init__(
-        self, tally: Tally, hub: Hub, window: Window, reader: Reader, pulse: _Lag, *, max_streams: int, line: Sized
+        self,
+        tally: Tally,
+        hub: Hub,
+        window: Window,
+        reader: Reader,
+        pulse: _Lag,
+        leases: Leases,
+        *,
+        max_streams: int,
+        line: Sized,
     ) -> None:
+        self._leases = leases
         self.handoff = False
         self._max_streams = max_streams
         self._line = line
@@ -106,6 +128,14 @@ class Metrics:
             "Requests refused, by status.",
             "status",
             [(str(status), count) for status, count in list(tally.refused.items())],
+        )
+        yield _labelled("sse_limit_refused", "Requests refused by a limit.", "limit", list(tally.limited.items()))
+        yield _gauge("sse_leases", "Streams of known users that hold a place, here.", len(self._leases))
+        yield _counter("sse_lease_errors", "Times that the leases in Redis were away.", self._leases.errors)
+        yield _gauge(
+            "sse_leases_local",
+            "1 while Redis is away and this process counts its users' streams alone.",
+            int(self._leases.away),
         )
         yield _counter("sse_soft_failed", "Refused opens answered 200 with retry.", tally.soft_failed)
         yield _counter("sse_log_entries", "Entries read from the log.", reader.entries)

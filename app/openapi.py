@@ -14,6 +14,7 @@ Schema = dict[str, Any]
 _TOPIC = rf"^[A-Za-z0-9._~:/@%-]{{1,{TOPIC_MAX_CHARACTERS}}}$"
 _SUBSCRIPTION = rf"^([A-Za-z0-9._~:/@%-]{{1,{TOPIC_MAX_CHARACTERS}}}\*?|\*)$"
 _VISIBLE = r"^[\x21-\x7e]+$"
+_USER = {"type": "string", "minLength": 1, "maxLength": 64}
 
 # What each status means, wherever it is answered.
 _PROBLEMS = {
@@ -108,7 +109,7 @@ def _paths(settings: Settings) -> Schema:
                         "Published.", _object({"ids": {"type": "array", "items": {"type": "string"}, "minItems": 1}})
                     )
                 },
-                (400, 401, 403, 413, 415, 422, 503),
+                (400, 401, 403, 413, 415, 422, 429, 503),
                 [
                     {
                         "name": "Idempotency-Key",
@@ -160,6 +161,32 @@ def _paths(settings: Settings) -> Schema:
                 (400, 401, 403, 404, 503),
                 [_path("stream", "As `stream.open` names it.", {"type": "string", "minLength": 1}), *_user(settings)],
             )
+        },
+        "/users/{user}/streams": {
+            "get": _operation(
+                "listStreams",
+                "List a user's streams on all processes. For administrators.",
+                {
+                    200: _json(
+                        "The streams, the oldest first.",
+                        _object({"user": {"type": "string"}, "streams": {"type": "array", "items": _held()}}),
+                    )
+                },
+                (400, 401, 403, 404, 503),
+                [_path("user", "Their id, percent-encoded.", _USER), *_user(settings)],
+            ),
+            "delete": _operation(
+                "endStreams",
+                "End a user's streams on all processes, and their tickets. For administrators.",
+                {
+                    200: _json(
+                        "They are ending.",
+                        _object({"user": {"type": "string"}, "ended": {"type": "integer", "minimum": 0}}),
+                    )
+                },
+                (400, 401, 403, 404, 503),
+                [_path("user", "Their id, percent-encoded.", _USER), *_user(settings)],
+            ),
         },
         "/healthz": {
             "get": _operation(
@@ -224,6 +251,18 @@ def _paths(settings: Settings) -> Schema:
     }
 
 
+def _held() -> Schema:
+    return _object(
+        {
+            "stream": {"type": "string"},
+            "process": {"type": "string"},
+            "seconds": {"type": "number", "minimum": 0, "description": "Since it was opened."},
+            "topics": {"type": "array", "items": {"type": "string"}, "description": "A long list ends in `…`."},
+            "leaving": {"type": "boolean", "description": "It is being ended for a newer one."},
+        }
+    )
+
+
 _UNCHANGED: dict[int, Schema] = {
     206: {"description": "The part that was asked for.", "content": {"*/*": {}}},
     304: {"description": "The one you have is the newest."},
@@ -273,11 +312,7 @@ def _user(settings: Settings) -> list[Schema]:
     """Return the argument that names a user where nobody asks for a token."""
     if settings.auth != "none":
         return []
-    return [
-        _query(
-            "user", "Who asks; believed with SSE_AUTH=none alone.", {"type": "string", "minLength": 1, "maxLength": 64}
-        )
-    ]
+    return [_query("user", "Who asks; believed with SSE_AUTH=none alone.", _USER)]
 
 
 def _query(name: str, about: str, schema: Schema, *, required: bool = False) -> Schema:

@@ -46,7 +46,7 @@ class Place:
 class Opening:
     """One stream between the decision that it may be and its first byte."""
 
-    __slots__ = ("_done", "_kit", "_place", "_scope", "_send", "_stream")
+    __slots__ = ("_done", "_kit", "_place", "_scope", "_send", "_stream", "_taken")
 
     def __init__(self, kit: Kit, stream: Stream, place: Place, scope: Any) -> None:
         self._kit = kit
@@ -55,6 +55,7 @@ class Opening:
         self._scope = scope
         self._send = scope["extensions"]["sse.send"]
         self._done = False
+        self._taken = False
 
     def take(self, status: int, headers: Iterable[tuple[bytes, bytes]]) -> bool:
         """
@@ -68,6 +69,7 @@ class Opening:
             return False
         taken = take_over(self._scope, self._send, stream, kit.hub, kit.settings.send_buffer_bytes)
         self._done = taken is not False
+        self._taken = bool(taken)
         if not taken:
             # Where the client is gone the server must hear an answer, though an
             # empty one: else the request would never end.
@@ -76,6 +78,8 @@ class Opening:
             b"".join([b"%b: %b\r\n" % header for header in headers]),
             format_date_time(time.time()).encode(),
         )
+        if stream.user is not None:
+            stream.on_end = kit.ended_here
         kit.tally.handed_off += 1
         self._begin("handoff")
         return True
@@ -91,6 +95,11 @@ class Opening:
         async with aclosing(pulled.body()) as body:
             async for data in body:
                 yield data
+
+    def close(self) -> None:
+        """Take note that the request is over; a stream that was not taken over is, too, to its last byte."""
+        if not self._taken and self._stream.user is not None:
+            self._kit.ended_here(self._stream)
 
     def _begin(self, path: str) -> None:
         kit, stream = self._kit, self._stream

@@ -5,6 +5,7 @@ https://www.rfc-editor.org/rfc/rfc9457
 """
 
 import json
+import math
 from http import HTTPStatus
 
 from quart import Response
@@ -50,6 +51,8 @@ class Problem(Exception):
         value: object,
         cure: str,
         headers: dict[str, str] | None = None,
+        *,
+        wait_seconds: float | None = None,
     ) -> None:
         name = _plain(name)
         super().__init__(f"{name} {rule}")
@@ -60,6 +63,10 @@ class Problem(Exception):
         self.value = value
         self.cure = cure
         self.headers = headers or {}
+        # When to come back, where that is known: for API clients and for the soft fail.
+        self.wait_seconds = wait_seconds
+        if wait_seconds is not None:
+            self.headers = {**self.headers, "Retry-After": str(math.ceil(wait_seconds))}
 
     @classmethod
     def of(cls, error: EventError, prefix: str = "") -> "Problem":

@@ -22,13 +22,14 @@ from app.event import (
     check_topic,
 )
 from app.kit import Kit
-from app.log import Batch, IdempotencyConflict, LogUnavailable
+from app.log import Batch, IdempotencyConflict, LogUnavailable, is_marked
 from app.openapi import document
 from app.opening import EARLIEST, Opening, Place
 from app.problem import Problem
 from app.settings import Settings
 from app.stream import Stream
 from app.ticket_routes import add_ticket_routes
+from app.user_routes import add_user_routes
 
 _STATIC = Path(__file__).parent / "static"
 _STATIC_FILES = frozenset(path.name for path in _STATIC.iterdir())
@@ -55,6 +56,7 @@ def routes(kit: Kit) -> Blueprint:
         topics = _topics(settings, caller)
         if request.method == "HEAD":
             return _head(Response(b""))
+        _may_connect(caller, kit)
         place = await _place(kit)
         extensions: dict[str, Any] = request.scope["extensions"]
         stream = Stream(
@@ -66,11 +68,16 @@ def routes(kit: Kit) -> Blueprint:
             expires_at=kit.control.expiry(caller),
             ticket=caller.ticket,
         )
-        if caller.ticket is not None:
+        before = None
+        if caller.user is not None or caller.ticket is not None:
             kit.control.coming[stream.id] = stream
+        if caller.ticket is not None:
             before = await kit.tickets.hold(caller.ticket, stream.id)
             if before is not None:
                 await kit.control.end(before, "evicted")
+        # Last, so that nothing can go wrong between getting a place and giving it back.
+        if caller.user is not None:
+            await _take_place(kit, stream, before)
         opening = Opening(kit, stream, place, request.scope)
         extensions["sse.opening"] = opening
         response = _head(Response(opening.body()))
@@ -82,6 +89,16 @@ def routes(kit: Kit) -> Blueprint:
         caller = await _caller(kit)
         drafts = _drafts(await _json(settings.max_body_bytes), kit)
         _may_publish(caller, drafts)
+        if caller.user is not None and (wait := kit.publishes.take(caller.user, len(drafts))):
+            raise Problem(
+                429,
+                "publish-rate",
+                "events",
+                f"must be at most SSE_LIMIT_PUBLISH_PER_USER ({settings.limit_publish_per_user}) per second",
+                len(drafts),
+                "Publish the same again later, or spread it out.",
+                wait_seconds=wait,
+            )
         key = request.headers.get("Idempotency-Key")
         if key is not None and not _IDEMPOTENCY_KEY.fullmatch(key):
             raise Problem(
@@ -118,6 +135,7 @@ def routes(kit: Kit) -> Blueprint:
         return {"ids": ids}, 201
 
     add_ticket_routes(pages, kit)
+    add_user_routes(pages, kit)
 
     @pages.get("/healthz")
     async def healthz() -> dict[str, Any]:
@@ -157,13 +175,13 @@ def routes(kit: Kit) -> Blueprint:
 
     @pages.app_errorhandler(Problem)
     async def refused(problem: Problem) -> Response:
-        kit.tally.refused[problem.status] = kit.tally.refused.get(problem.status, 0) + 1
+        kit.tally.refuse(problem.status, problem.slug)
         headers = {k.lower().encode(): v.encode() for k, v in request.headers.items()}
         if (
             settings.soft_fail
             and problem.status in (429, 503)
             and request.endpoint == "sse.events"
-            and wants_soft_fail(headers)
+            and wants_soft_fail(headers, problem)
         ):
             return soft_fail(kit, problem)  # type: ignore[no-any-return]
         # A browser hides the body of an error from EventSource: say it here too.
@@ -336,6 +354,48 @@ def _may_publish(caller: Caller, drafts: list[Draft]) -> None:
                 topic,
                 "Publish to what the token names, or get another token. Users' own topics must be named as `user:…`.",
             )
+
+
+def _may_connect(caller: Caller, kit: Kit) -> None:
+    """Refuse a stream to a user whose client connects in a loop."""
+    if caller.user is None:
+        return
+    wait = kit.connects.take(caller.user)
+    if wait:
+        raise Problem(
+            429,
+            "user-rate",
+            "new streams of this user",
+            f"must be at most SSE_LIMIT_CONNECTS_PER_USER ({kit.settings.limit_connects_per_user}) per second",
+            None,
+            "Something connects in a loop; wait before connecting again.",
+            wait_seconds=wait + kit.hub.random.uniform(2, 8),
+        )
+
+
+async def _take_place(kit: Kit, stream: Stream, before: str | None) -> None:
+    """
+    Get *stream* a place among its user's; the one of *before*, its predecessor, if it has one.
+
+    A client that was evicted says so by its position, and never evicts in turn.
+    """
+    settings = kit.settings
+    marked = is_marked(stream.resumed_from)
+    if await kit.leases.take(stream.user or "", stream.id, stream.topics, evict=not marked, instead=before or ""):
+        return
+    # Where somebody else is about to leave, a moment will do.
+    longer = marked or settings.limit_policy == "reject"
+    raise Problem(
+        429,
+        "user-full",
+        "streams of this user",
+        f"must be at most SSE_LIMIT_STREAMS_PER_USER ({settings.limit_streams_per_user}), over all processes",
+        None,
+        "Close one, or share one between tabs.",
+        wait_seconds=kit.hub.random.uniform(0.75, 1.25) * settings.evicted_retry_seconds
+        if longer
+        else kit.hub.random.uniform(2, 8),
+    )
 
 
 async def _place(kit: Kit) -> Place:

@@ -187,6 +187,27 @@ class Settings:
     open_wait_seconds: float = _seconds(
         10, 0.05, 60, "In a storm, opens wait for their turn so long at most; then they get 429 or the soft fail."
     )
+    limit_streams_per_user: int = _count(10, 0, 10_000, "Most streams of one user over all processes. 0: no limit.")
+    limit_policy: str = _choice(
+        "evict",
+        ("evict", "reject"),
+        "Where a user has too many: `evict` ends the oldest stream, `reject` refuses the new one.",
+    )
+    lease_seconds: float = _seconds(
+        10, 0.3, 300, "The places of a process that died are free after this; it shows three times as often that it lives."
+    )
+    evicted_retry_seconds: float = _seconds(
+        60, 0.05, 86_400, "A client without a place comes back after about this; it then takes a free one or none."
+    )
+    limit_connects_per_user: int = _count(
+        5, 0, 100_000, "New streams per second of one user on this process, after 20 times as many at once. 0: no limit."
+    )
+    limit_publish_per_user: int = _count(
+        1_000,
+        0,
+        10_000_000,
+        "Events per second from one user on this process, after 20 times as many at once. 0: no limit.",
+    )
     max_topics: int = _count(50, 1, 10_000, "Most topics of one stream or one event.")
     max_event_bytes: int = _count(1_048_576, 1, 67_108_864, "Largest `data` of one event.")
     max_body_bytes: int = _count(2_097_152, 100, 134_217_728, "Largest body of a request.")
