@@ -76,6 +76,26 @@ class Counts:
     flushes: int = 0
 
 
+class _Line:
+    """
+    The streams of one subscription, and what was written to all of them together.
+
+    Counted once for all: with a number of its own in each stream, a delivery
+    takes 4 % longer, because that number is in nobody's cache.
+    """
+
+    __slots__ = ("sent", "streams")
+
+    def __init__(self) -> None:
+        self.streams: dict[Stream, None] = {}
+        self.sent = 0
+
+
+# What one flush owes some streams: the piece, how many events, which streams,
+# and their line, if they are all of it.
+_Part = tuple[Piece, int, Sequence[Stream], _Line | None]
+
+
 class Hub:
     """
     All streams of this process.
@@ -100,10 +120,10 @@ class Hub:
         self.streams: dict[str, Stream] = {}
         self.wake: Callable[[], None] = lambda: None
         self.ended: Callable[[Stream], None] = lambda stream: None
-        self._topics: dict[str, dict[Stream, None]] = {}
+        self._topics: dict[str, _Line] = {}
         # Subscriptions that are prefixes, by length: one look-up per length in
         # use tells who wants a topic.
-        self._prefixes: dict[int, dict[str, dict[Stream, None]]] = {}
+        self._prefixes: dict[int, dict[str, _Line]] = {}
         self._behind: deque[Stream] = deque()
         self._wheel: dict[int, dict[Stream, None]] = {}
         self._tick = math.floor(clock() / pace.tick)
@@ -126,7 +146,9 @@ class Hub:
         self._set_deadline(stream)
         self.streams[stream.id] = stream
         for topic in stream.topics:
-            self._line(topic).setdefault(stream)
+            line = self._line(topic)
+            line.streams.setdefault(stream)
+            stream.sent -= line.sent
         self.counts.opened += 1
         self._schedule(stream, now)
         if stream.cursor == self.window.end:
@@ -186,9 +208,11 @@ class Hub:
         self.counts.flushes += 1
         for part in self._plan(entries):
             if part is not None:
-                piece, events, streams = part
+                piece, events, streams, line = part
+                if line is not None:
+                    line.sent += packed(events, piece.size)
                 for at in range(0, len(streams), _STRIDE):
-                    self._fan_out(piece, events, streams[at : at + _STRIDE], end)
+                    self._fan_out(piece, events, streams[at : at + _STRIDE], line is not None, end)
                     if clock() > until:
                         yield
                         until = clock() + self.pace.slice
@@ -197,9 +221,11 @@ class Hub:
                 until = clock() + self.pace.slice
         self.settled = end
 
-    def _fan_out(self, piece: Piece, events: int, streams: Sequence[Stream], end: int) -> None:
+    def _fan_out(self, piece: Piece, events: int, streams: Sequence[Stream], counted: bool, end: int) -> None:
         """
         Write *piece* to those of *streams* that are live and have not had it.
+
+        *counted*: the streams' line has counted it, for those who do not get it too.
 
         The one loop of which every step counts: each takes 1 % of a delivery.
         """
@@ -211,8 +237,9 @@ class Hub:
         for stream in streams:
             if stream.state is LIVE and stream.cursor < end:
                 stream.cursor = end
-                stream.sent += more
                 stream.event_at = now
+                if not counted:
+                    stream.sent += more
                 count += 1
                 try:
                     sent = stream.send(chunk)
@@ -220,6 +247,8 @@ class Hub:
                     sent = 0  # the sink meets the same error, and knows what to do
                 if sent != length and not stream.sink.write(piece, sent):
                     self._hold(stream)
+            elif counted:
+                stream.sent -= more
         self.counts.deliveries += count * events
         self.counts.bytes += count * piece.size
 
@@ -303,7 +332,7 @@ class Hub:
 
     # --- inside --------------------------------------------------------------
 
-    def _plan(self, entries: Sequence[Entry]) -> Iterator[tuple[Piece, int, Sequence[Stream]] | None]:
+    def _plan(self, entries: Sequence[Entry]) -> Iterator[_Part | None]:
         """
         Group *entries* so that streams owed the same share one piece.
 
@@ -315,8 +344,9 @@ class Hub:
                 kinds.setdefault(entry.topics, []).append(number)
         if len(kinds) == 1:
             [(topics, numbers)] = kinds.items()
-            if streams := self._wanted(topics):
-                yield _piece([entries[number] for number in numbers]), len(numbers), streams
+            streams, line = self._wanted(topics)
+            if streams:
+                yield _piece([entries[number] for number in numbers]), len(numbers), streams, line
             return
         # What a stream is owed grows kind by kind. Equal growth leads to the same
         # node, so that the cost is one step per stream and kind, however many
@@ -325,7 +355,7 @@ class Hub:
         owed: dict[Stream, int] = {}
         for topics, numbers in kinds.items():
             grown: dict[int, int] = {}
-            for stream in self._wanted(topics):
+            for stream in self._wanted(topics)[0]:
                 before = owed.get(stream, 0)
                 node = grown.get(before)
                 if node is None:
@@ -343,11 +373,15 @@ class Hub:
                 node, numbers = nodes[node]
                 members += numbers
             members.sort()
-            yield _piece([entries[number] for number in members]), len(members), streams
+            yield _piece([entries[number] for number in members]), len(members), streams, None
 
-    def _wanted(self, topics: tuple[str, ...]) -> Sequence[Stream]:
-        """Return the streams of *topics*, each once, as a list that may be iterated slowly."""
-        found: list[dict[Stream, None]] = []
+    def _wanted(self, topics: tuple[str, ...]) -> tuple[Sequence[Stream], _Line | None]:
+        """
+        Return the streams of *topics*, each once, as a list that may be iterated slowly.
+
+        With the line that they are, if they are of one.
+        """
+        found: list[_Line] = []
         for topic in topics:
             line = self._topics.get(topic)
             if line:
@@ -357,8 +391,8 @@ class Hub:
                 if line and (length >= 5 or not topic.startswith("user:")):
                     found.append(line)
         if len(found) == 1:
-            return list(found[0])
-        return list({stream: None for line in found for stream in line})
+            return list(found[0].streams), found[0]
+        return list({stream: None for line in found for stream in line.streams}), None
 
     def _serve(self, stream: Stream) -> None:
         """Give one piece to a stream that is behind; it becomes live when it has all."""
@@ -508,13 +542,13 @@ class Hub:
             data=json.dumps({"reason": reason, **detail}),
         )
 
-    def _line(self, topic: str) -> dict[Stream, None]:
+    def _line(self, topic: str) -> _Line:
         if topic.endswith("*"):
             prefix = topic[:-1]
-            return self._prefixes.setdefault(len(prefix), {}).setdefault(prefix, {})
+            return self._prefixes.setdefault(len(prefix), {}).setdefault(prefix, _Line())
         line = self._topics.get(topic)
         if line is None:
-            line = self._topics[topic] = {}
+            line = self._topics[topic] = _Line()
         return line
 
     def _forget(self, stream: Stream, reason: str) -> bool:
@@ -526,8 +560,9 @@ class Hub:
         self.streams.pop(stream.id, None)
         for topic in stream.topics:
             line = self._line(topic)
-            line.pop(stream, None)
-            if not line:
+            line.streams.pop(stream, None)
+            stream.sent += line.sent
+            if not line.streams:
                 self._drop_line(topic)
         slot = self._wheel.get(stream.due)
         if slot is not None:

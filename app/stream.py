@@ -162,15 +162,17 @@ class Stream(_Hot):
         self.deadline = 0.0  # the next of: its age, its expiry, the warning of that
         self.warned = False  # `stream.expiring` is out
         self.due = 0  # the hub's tick that looks at it next
-        self.sent = 0  # events and bytes so far; see `packed`
+        # Events and bytes so far, `packed`, without what the hub has counted for
+        # all streams of a subscription: it adds that when the stream ends.
+        self.sent = 0
         self.replayed = 0
 
     @property
     def events(self) -> int:
-        """Events written so far, those of the kit not counted."""
+        """Events written, those of the kit not counted. True when the stream has ended."""
         return self.sent >> _BYTES_BITS
 
     @property
     def bytes(self) -> int:
-        """Bytes of text/event-stream written so far."""
+        """Bytes of text/event-stream written. True when the stream has ended."""
         return self.sent & _BYTES_MASK

@@ -606,10 +606,10 @@ class Process:
     def _check_hub(self) -> None:
         hub = self.hub
         wheel = Counter(stream for slot in hub._wheel.values() for stream in slot)
-        lines: dict[str, set[Stream]] = {topic: set(line) for topic, line in hub._topics.items()}
+        lines: dict[str, set[Stream]] = {topic: set(line.streams) for topic, line in hub._topics.items()}
         for prefixes in hub._prefixes.values():
             assert prefixes
-            lines |= {prefix + "*": set(line) for prefix, line in prefixes.items()}
+            lines |= {prefix + "*": set(line.streams) for prefix, line in prefixes.items()}
         expected: dict[str, set[Stream]] = {}
         for stream in hub.streams.values():
             assert stream.state in (LIVE, BEHIND)

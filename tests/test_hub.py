@@ -1117,9 +1117,36 @@ class TestCounts:
         bench.publish(("a",), ("b",))
 
         counts = bench.hub.counts
+        bench.hub.gone(stream)
         assert (1, 3, 2, 2) == (counts.opened, counts.deliveries, counts.replayed, counts.flushes)
         assert (3, 2) == (stream.events, stream.replayed)
         assert len(sink.raw) == stream.bytes == counts.bytes
+
+    def test_each_stream_its_own(self, bench):
+        """
+        Streams that share topics, come and go, wait, or get an event by two ways count what they were given.
+        """
+        early, early_sink = bench.open("a", "b")
+        bench.publish(("a",))
+        late, late_sink = bench.open("a", "b*", "b")
+        slow, slow_sink = bench.open("a")
+        slow_sink.room = 0
+        bench.publish(("a",), data="x" * 1000)
+        bench.publish(("a",))
+        bench.publish(("a",), ("a", "b"))
+        bench.publish(("b",))
+        bench.hub.gone(late)
+        slow_sink.room, slow_sink.rest = None, 0
+        bench.hub.writable(slow)
+        bench.pump()
+        bench.publish(("a",))
+        bench.publish(("a",), ("b",))
+        for stream in (early, slow):
+            bench.hub.gone(stream)
+
+        for stream, sink in ((early, early_sink), (late, late_sink), (slow, slow_sink)):
+            assert (len(sink.data), len(sink.raw)) == (stream.events, stream.bytes)
+        assert (9, 5, 6) == (early.events, late.events, slow.events)
 
 
 class TestPace:
