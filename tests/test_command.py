@@ -224,16 +224,15 @@ class TestPublish:
         """
         The first line does not wait for others; those that follow soon go together.
         """
-        monkeypatch.setattr(command, "BATCH_SECONDS", 0.3)
+        # Longer than this test waits for anything: only the end of the input ends the second batch.
+        monkeypatch.setattr(command, "BATCH_SECONDS", 600)
         async with publishing() as run:
-            begun = asyncio.get_running_loop().time()
             run.input.write(b"a\n")
             await until(lambda: run.data == ["a"], "the lone line")
-            assert asyncio.get_running_loop().time() - begun < 0.25
             for line in (b"b\n", b"c", b"\n", b"d\n"):
                 run.input.write(line)
                 await asyncio.sleep(0)
-            await until(lambda: len(run.data) == 4, "the lines that follow")
+            assert 0 == await run.end()
             assert [["a"], ["b", "c", "d"]] == [
                 [event["data"] for event in request.events] for request in run.server.requests
             ]

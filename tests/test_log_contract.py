@@ -458,15 +458,17 @@ class TestNotices:
         assert not log.notices
         assert 1 == (await log.state(ORIGIN)).added
 
-    async def test_a_notice_ends_the_wait_for_an_entry(self, log):
+    async def test_a_notice_ends_the_wait_for_an_entry(self, make):
+        log = make()
+        if isinstance(log, RedisLog):
+            log = make(timeout_seconds=60)  # by itself a read ends after half of that
+        await log.open()
         await everything(log)
-        began = time.monotonic()
-        reading = asyncio.create_task(log.read("e", ORIGIN, 10, 30))
+        reading = asyncio.create_task(log.read("e", ORIGIN, 10, 60))
         await asyncio.sleep(0)
         await log.notify(evict(1))
-        assert [] == await asyncio.wait_for(reading, 10)
+        assert [] == await asyncio.wait_for(reading, 20)
         assert [evict(1)] == list(log.notices)
-        assert time.monotonic() - began < 0.8
 
     async def test_a_notice_before_the_read_ends_it_at_once(self, log):
         await log.notify(evict(1))
