@@ -1,7 +1,8 @@
 """
 Follow streams and publish events from Python, across restarts and bad networks.
 
-`listen` resumes where it was, so that no event is missed and none comes twice.
+`listen` resumes where it was, so that no event is missed and none comes twice; where a
+process says that it is about to end, it makes the next stream before the old one breaks.
 `publish` retries under one Idempotency-Key, so that nothing is lost and nothing doubled.
 Both wait longer after each failure, with jitter, and never less than the server asks for.
 """
@@ -11,7 +12,8 @@ import json
 import random
 import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
-from contextlib import aclosing, asynccontextmanager, nullcontext
+from contextlib import aclosing, nullcontext
+from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from time import time
 from typing import Any
@@ -118,6 +120,9 @@ async def listen(
     Ends when the server says that there is no more to come (204). Leave it with
     ``contextlib.aclosing``, so that the connection closes at once.
 
+    At `stream.draining` the successor is opened first, and read from where this stream stood;
+    what both carry is yielded once.
+
     `stream.reset` comes as a `StreamReset`. The kit's other `stream.*` events are handled here;
     *kit_events* yields them too, for a caller that stores its own position: `stream.position`
     moves it while the topics are quiet.
@@ -138,52 +143,90 @@ async def listen(
         params["user"] = user
     position = "" if last_event_id == EARLIEST else last_event_id
     failures = 0
+
+    def request() -> httpx2.Request:
+        fresh = last_event_id == EARLIEST and not position
+        return http.build_request(
+            "GET",
+            url.rstrip("/") + "/events",
+            params={**params, "last_event_id": EARLIEST} if fresh else params,
+            headers=_stream_headers(headers, position),
+            timeout=None,
+        )
+
     async with nullcontext(client) if client else httpx2.AsyncClient() as http:
-        while True:
-            parser = Parser(last_event_id=position)
-            silence, least = silence_seconds, 0.0
-            fresh = last_event_id == EARLIEST and not position
-            request = http.build_request(
-                "GET",
-                url.rstrip("/") + "/events",
-                params={**params, "last_event_id": EARLIEST} if fresh else params,
-                headers=_stream_headers(headers, position),
-                timeout=None,
-            )
-            try:
-                async with _answer(http, request, silence) as response:
-                    if response.status_code == 204:
-                        return
-                    chunks = response.aiter_bytes()
-                    while (chunk := await _next(chunks, silence)) is not None:
-                        for event in parser.feed(chunk):
-                            failures = 0
-                            if event.event == "stream.open":
-                                opened = _json_object(event.data)
-                                silence = _silence(opened, silence)
-                                if on_open is not None:
-                                    on_open(opened)
-                            if event.event == "stream.reset":
-                                yield StreamReset(event.event, event.data, event.id)
-                            elif kit_events or not event.event.startswith("stream."):
-                                yield event
-                cause = "the stream ended"
-                if later_status := response.headers.get("X-Sse-Fallback"):
-                    cause = f"the server answered {later_status}, softened for browsers"
-            except _Later as later:
-                cause, least = str(later), later.seconds
-            except TimeoutError:
-                cause = f"nothing came for {silence:g} s"
-            except httpx2.TransportError as error:
-                cause = _cause(error)
-            # The id of the last complete block: one that was cut counts for nothing.
-            position = parser.last_event_id
-            retry_ms = retry_ms if parser.retry_ms is None else parser.retry_ms
-            seconds = _wait_seconds(retry_ms / 1000, failures, least)
-            failures += 1
-            if on_wait is not None:
-                on_wait(cause, seconds)
-            await asyncio.sleep(seconds)
+        # Opened while the stream before it still runs; None: none was, or it failed.
+        successor: asyncio.Task[_Stream | None] | None = None
+        following: _Stream | None = None
+        # Ids that the stream before has given since its successor's position.
+        repeated: set[str] = set()
+        try:
+            while True:
+                silence, least = silence_seconds, 0.0
+                parser = Parser(last_event_id=position)
+                try:
+                    stream = following or await _begin(http, request(), position, silence)
+                    following, parser = None, stream.parser
+                    async with aclosing(stream.response):
+                        if stream.response.status_code == 204:
+                            return
+                        events: list[ServerSentEvent] | None = stream.first
+                        while events is not None:
+                            for event in events:
+                                failures = 0
+                                if event.event == "stream.open":
+                                    opened = _json_object(event.data)
+                                    silence = _silence(opened, silence)
+                                    if on_open is not None:
+                                        on_open(opened)
+                                elif event.event == "stream.reset":
+                                    repeated.clear()
+                                elif event.event == "stream.draining" and event.id and not (successor or repeated):
+                                    position = event.id
+                                    successor = asyncio.create_task(_succeed(http, request(), position, silence))
+                                own = event.event.startswith("stream.")
+                                if repeated and successor is None and (own or event.id in repeated):
+                                    # The successor's begin: its position is before what was given already.
+                                    repeated.discard(event.id)
+                                    continue
+                                if successor is not None and event.id:
+                                    if not own:
+                                        repeated.add(event.id)
+                                    position = event.id
+                                if event.event == "stream.reset":
+                                    yield StreamReset(event.event, event.data, event.id)
+                                elif kit_events or not own:
+                                    yield event
+                            events = await _read(stream, silence, successor)
+                    cause = "the stream ended"
+                    if later_status := stream.response.headers.get("X-Sse-Fallback"):
+                        cause = f"the server answered {later_status}, softened for browsers"
+                except _Later as later:
+                    cause, least = str(later), later.seconds
+                except TimeoutError:
+                    cause = f"nothing came for {silence:g} s"
+                except httpx2.TransportError as error:
+                    cause = _cause(error)
+                retry_ms = retry_ms if parser.retry_ms is None else parser.retry_ms
+                if successor is not None:
+                    following, successor = await successor, None
+                    if following is not None:
+                        continue
+                elif not repeated:
+                    # The id of the last complete block: one that was cut counts for nothing.
+                    position = parser.last_event_id
+                repeated.clear()
+                seconds = _wait_seconds(retry_ms / 1000, failures, least)
+                failures += 1
+                if on_wait is not None:
+                    on_wait(cause, seconds)
+                await asyncio.sleep(seconds)
+        finally:
+            if successor is not None:
+                successor.cancel()
+                [following] = await asyncio.gather(successor, return_exceptions=True)  # type: ignore[assignment]
+            if isinstance(following, _Stream):
+                await following.response.aclose()
 
 
 async def publish(
@@ -258,20 +301,82 @@ async def publish(
             await asyncio.sleep(seconds)
 
 
-@asynccontextmanager
-async def _answer(
-    client: httpx2.AsyncClient, request: httpx2.Request, silence: float
-) -> AsyncGenerator[httpx2.Response]:
-    """Send *request*; the answer is a stream to read, or a 204."""
+@dataclass(slots=True)
+class _Stream:
+    """One answer that is a stream, or a 204; *first* are events read while it was opened."""
+
+    response: httpx2.Response
+    chunks: AsyncIterator[bytes]
+    parser: Parser
+    first: list[ServerSentEvent]
+
+
+async def _begin(client: httpx2.AsyncClient, request: httpx2.Request, position: str, silence: float) -> _Stream:
+    """Send *request*; return its answer, which the caller closes."""
     async with asyncio.timeout(silence):
         response = await client.send(request, stream=True, follow_redirects=True)
-    async with aclosing(response):
+    try:
         async with asyncio.timeout(silence):
             await _check(response)
         kind = response.headers.get("Content-Type", "")
         if response.status_code != 204 and not kind.lower().startswith("text/event-stream"):
             raise Refused(response, f"Content-Type must be text/event-stream, got {kind!r}")
-        yield response
+    except BaseException:
+        await response.aclose()
+        raise
+    return _Stream(response, response.aiter_bytes(), Parser(last_event_id=position), [])
+
+
+async def _succeed(
+    client: httpx2.AsyncClient, request: httpx2.Request, position: str, silence: float
+) -> _Stream | None:
+    """
+    Open the stream that goes on from *position* where another one is about to end.
+
+    It is there when `stream.open` was read. Whatever goes wrong, nothing is lost:
+    the other stream is read to its end, and the client connects again then.
+    """
+    stream = None
+    try:
+        stream = await _begin(client, request, position, silence)
+        while not stream.first:
+            chunk = await _next(stream.chunks, silence)
+            if chunk is None:
+                break
+            stream.first = stream.parser.feed(chunk)
+        if stream.first and stream.first[0].event == "stream.open":
+            return stream
+    except (_Later, Refused, TimeoutError, httpx2.TransportError):
+        pass
+    except BaseException:
+        if stream is not None:
+            await stream.response.aclose()
+        raise
+    if stream is not None:
+        await stream.response.aclose()
+    return None
+
+
+async def _read(
+    stream: _Stream, silence: float, successor: asyncio.Task[_Stream | None] | None
+) -> list[ServerSentEvent] | None:
+    """Return the next events; None at the end, and as soon as the *successor* is open."""
+    if successor is None:
+        chunk = await _next(stream.chunks, silence)
+        return None if chunk is None else stream.parser.feed(chunk)
+    if successor.done() and successor.result() is not None:
+        return None
+    reading = asyncio.ensure_future(_next(stream.chunks, silence))
+    try:
+        if not successor.done():
+            await asyncio.wait({reading, successor}, return_when=asyncio.FIRST_COMPLETED)
+        if reading.done() or successor.result() is None:
+            chunk = await reading
+            return None if chunk is None else stream.parser.feed(chunk)
+    finally:
+        reading.cancel()
+        await asyncio.gather(reading, return_exceptions=True)
+    return None
 
 
 async def _check(response: httpx2.Response) -> None:

@@ -55,6 +55,7 @@ class Server:
     requests: list[Request] = field(default_factory=list)
     # Set when a client ended its connection.
     left: asyncio.Event = field(default_factory=asyncio.Event)
+    gone: int = 0  # how many connections have ended
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -67,6 +68,7 @@ class Server:
             pass
         finally:
             self.left.set()
+            self.gone += 1
             writer.close()
 
 

@@ -316,6 +316,102 @@ class TestListen:
             await asyncio.wait_for(server.left.wait(), 2)
 
 
+DRAINING = encode(event="stream.draining", data='{"seconds": 1}')
+
+
+def opened_at(number: int) -> bytes:
+    return encode(id=f"e:{number}", event="stream.open", data='{"stream":"s","heartbeat_seconds":15}', retry=1)
+
+
+class TestMakeBeforeBreak:
+    async def test_the_successor_is_open_before_the_end(self):
+        """
+        At stream.draining the next stream is opened from where this one stands, while it goes on.
+
+        What both carry comes once, in order, without a wait; then the old one is left.
+        """
+        first = stream(OPEN, block(1) + DRAINING + block(2), 0.2, block(3), then="hold")
+        second = stream(opened_at(1), 0.5, block(2) + block(3) + block(4))
+        opens, waits = [], []
+        async with serving(first, second) as server:
+            events = await take(4, server.url, on_open=opens.append, on_wait=lambda *wait: waits.append(wait))
+            await server.left.wait()
+
+            assert [event(1), event(2), event(3), event(4)] == events
+            assert [None, "e:1"] == [request.headers.get("last-event-id") for request in server.requests]
+            assert (2, []) == (len(opens), waits)
+
+    async def test_the_old_stream_ends_first(self):
+        """A successor that is slow to open is waited for; nobody else is asked."""
+        first = stream(OPEN, block(1) + DRAINING + block(2), then="cut")
+        second = stream(0.3, opened_at(1), block(2) + block(3))
+        waits = []
+        async with serving(first, second) as server:
+            events = await take(3, server.url, on_wait=lambda *wait: waits.append(wait))
+
+            assert [event(1), event(2), event(3)] == events
+            assert (2, []) == (len(server.requests), waits)
+
+    @pytest.mark.parametrize(
+        "refusal",
+        [status(503), status(400), dropped, stream(then="end"), stream(b": nothing", then="end")],
+        ids=["503", "400", "dropped", "empty", "no stream.open"],
+    )
+    async def test_no_successor(self, refusal):
+        """Where no other process answers, the stream is read to its end, and resumed as ever."""
+        first = stream(OPEN, block(1) + DRAINING, 0.2, block(2))
+        third = stream(opened_at(2), block(3))
+        async with serving(first, refusal, third) as server:
+            events = await take(3, server.url)
+
+            assert [event(1), event(2), event(3)] == events
+            assert [None, "e:1", "e:2"] == [request.headers.get("last-event-id") for request in server.requests]
+
+    async def test_successor_that_breaks_while_it_repeats(self):
+        """It is resumed behind what was given, not behind what the successor had repeated so far."""
+        first = stream(OPEN, block(1) + DRAINING + block(2) + block(3), 0.2)
+        second = stream(0.3, opened_at(1), block(2), then="cut")
+        third = stream(opened_at(3), block(4))
+        async with serving(first, second, third) as server:
+            events = await take(4, server.url)
+
+            assert [event(1), event(2), event(3), event(4)] == events
+            assert "e:3" == server.requests[2].headers["last-event-id"]
+
+    async def test_successor_that_drains_while_it_repeats(self):
+        """Two restarts close to each other double nothing."""
+        first = stream(OPEN, block(1) + DRAINING + block(2) + block(3), 0.2)
+        second = stream(0.3, opened_at(1), block(2) + DRAINING + block(3) + block(4))
+        third = stream(opened_at(4), block(5))
+        async with serving(first, second, third) as server:
+            events = await take(5, server.url)
+
+            assert [event(1), event(2), event(3), event(4), event(5)] == events
+
+    async def test_successor_without_the_history(self):
+        """A successor that announces a loss is believed: what follows is new."""
+        reset = encode(id="f:9", event="stream.reset", data='{"reason": "epoch_changed"}')
+        first = stream(OPEN, block(1) + DRAINING + block(2), 0.2)
+        second = stream(0.3, encode(event="stream.open", data="{}"), reset, block(2))
+        async with serving(first, second) as server:
+            events = await take(4, server.url)
+
+            assert ["1", "2", '{"reason": "epoch_changed"}', "2"] == [each.data for each in events]
+            assert isinstance(events[2], StreamReset)
+
+    async def test_leaving_closes_both(self):
+        """A caller that leaves meanwhile leaves no connection open."""
+        async with serving(stream(OPEN, block(1) + DRAINING + block(2), then="hold"), silent) as server:
+            async with aclosing(listen(server.url, "logs")) as listening:
+                async for each in listening:
+                    if each == event(2):
+                        while len(server.requests) < 2:  # noqa: ASYNC110
+                            await asyncio.sleep(0.01)
+                        break
+            while server.gone < 2:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+
+
 class TestWaiting:
     async def test_retry_is_honoured(self):
         """

@@ -85,6 +85,9 @@ def complaints(row: Row) -> list[str]:
         broken.append(f"only {row.reset_streams} of {row.streams} streams were told of the loss")
     if not each.announced and not each.may_reset and row.resets:
         broken.append(f"{row.resets} resets, though the log survived")
+    breaks = {why: count for why, count in row.ends.items() if why.startswith("listen: ")}
+    if row.fault in ("rolling-restart", "nginx-reloaded") and breaks:
+        broken.append(f"the kit's own client had to break before it made: {breaks}")
     if not each.errors and row.errors:
         broken.append(f"client errors: {row.errors}")
     return broken
