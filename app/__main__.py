@@ -31,11 +31,10 @@ def main(argv: list[str]) -> int:
     from app.settings import SettingError, load
 
     try:
-        settings = load()
+        return run(load())
     except SettingError as error:
         print(error, file=sys.stderr)
         return 2
-    return run(settings)
 
 
 if __name__ == "__main__":

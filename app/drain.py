@@ -7,9 +7,11 @@ How a process ends: the order, from the signal to the last byte.
    end, so that a client can open its successor first.
 3. The streams end, in random order, spread over SSE_DRAIN_SECONDS. Their clients
    come back at once: the ends are spread already.
-4. What slow clients have not taken is cut.
-5. Requests are answered, then Hypercorn ends: `app.server`.
-6. Reader and log are let go of last: `Kit.stop`.
+4. The runs that this process makes come to their end meanwhile, or within
+   SSE_RUN_FINISH_SECONDS; their readers go on elsewhere.
+5. What slow clients have not taken is cut.
+6. Requests are answered, then Hypercorn ends: `app.server`.
+7. Reader and log are let go of last: `Kit.stop`.
 """
 
 import asyncio
@@ -24,10 +26,11 @@ _STRIDE = 32
 
 
 async def drain(kit: Kit) -> None:
-    """End all streams, spread over SSE_DRAIN_SECONDS; steps 1 to 4."""
+    """End all streams, spread over SSE_DRAIN_SECONDS; steps 1 to 5."""
     settings, hub = kit.settings, kit.hub
     clock = asyncio.get_running_loop().time
     began = clock()
+    finishing = asyncio.ensure_future(kit.runs.finish(settings.drain_seconds + settings.run_finish_seconds))
     kit.draining = True  # from here on the door refuses streams, and /readyz says no
     streams = list(hub.streams.values())
     hub.random.shuffle(streams)
@@ -63,6 +66,7 @@ async def drain(kit: Kit) -> None:
     # Streams that slipped in between the last check at the door and now.
     for stream in list(hub.streams.values()):
         end(stream)
+    await finishing
     await handoff.all_closed()
     kit.logger.info(
         "drained",

@@ -29,6 +29,7 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 Asgi = Callable[[Scope, Receive, Send], Awaitable[None]]
 
+_RUN_EVENTS = re.compile(r"runs/[^/]+/events")
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 _random = Random()
 # While a process drains, nginx lets go of its idle connections one by one. At
@@ -67,7 +68,11 @@ class Edge:
         path = scope["path"]
         if not path.startswith("/"):
             path = urlsplit(path).path
-        if path.lstrip("/") == "events" and scope["method"] == "GET":
+        if path.lstrip("/") == "runs" and scope["method"] == "POST":
+            # Its answer is a stream, too; it has a body, so the route decides.
+            await self._open(scope, receive, send, [*shared, *_CLOSE] if self._kit.draining else shared)
+            return
+        if scope["method"] == "GET" and (path.lstrip("/") == "events" or _RUN_EVENTS.fullmatch(path.lstrip("/"))):
             problem = await self._kit.admitted()
             if handoff.gone(send):
                 return  # it did not wait for its turn
@@ -110,7 +115,7 @@ class Edge:
                     return {**message, "body": b""}
 
         try:
-            await self._app(scope, receive_on, send_on)
+            await self._app(scope, receive if scope["method"] == "POST" else receive_on, send_on)
         finally:
             if opening := extensions.get("sse.opening"):
                 opening.close()

@@ -17,6 +17,10 @@ NAME_MAX_CHARACTERS = 255
 RETRY_MAX_MS = 86_400_000
 # Names that only the kit itself may use; a subscriber must be able to trust them.
 RESERVED_NAMES = ("stream.", "run.")
+# A run is a topic with an end. Only the kit writes to these topics.
+RUN_TOPICS = "run:"
+RUN_NAMES = ("run.token", "run.progress", "run.done", "run.failed")
+RUN_ENDS = frozenset({"run.done", "run.failed"})
 
 _TOPIC = re.compile(r"[A-Za-z0-9._~:/@%-]{1,255}")
 _LINE_ENDS = re.compile(r"\r\n|\r|\n")
@@ -175,6 +179,19 @@ def check_subscription(topic: object) -> str:
             check_topic(topic[:-1])
         return topic
     return check_topic(topic)
+
+
+def check_open_topic(topic: object) -> str:
+    """Return *topic* if others than the kit may publish to it."""
+    name = check_topic(topic)
+    if name.startswith(RUN_TOPICS):
+        raise EventError(
+            "topic",
+            f"must not begin with `{RUN_TOPICS}`",
+            topic,
+            "These topics are the events of runs; start one by POST /runs.",
+        )
+    return name
 
 
 def check_name(event: object) -> str:

@@ -9,6 +9,7 @@ from quart import Quart
 from app.edge import Edge
 from app.kit import Kit
 from app.routes import routes
+from app.run_routes import run_routes
 from app.settings import Settings, load
 
 
@@ -28,6 +29,7 @@ def create_app(settings: Settings | None = None) -> Quart:
     app.logger.propagate = True
     app.logger.setLevel(logging.WARNING)
     app.register_blueprint(routes(kit))
+    app.register_blueprint(run_routes(kit))
     app.extensions["sse"] = kit
     app.asgi_app = Edge(app.asgi_app, kit)  # type: ignore[assignment, arg-type]
 

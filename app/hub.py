@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from random import Random
 
-from app.event import HEARTBEAT, Entry, Piece, encode
+from app.event import HEARTBEAT, RUN_ENDS, Entry, Piece, encode
 from app.stream import BEHIND, ENDED, LIVE, Stream, packed, send_nothing
 from app.window import Window
 
@@ -154,6 +154,7 @@ class Hub:
         if stream.cursor == self.window.end:
             stream.state = LIVE
             self._write(stream, _first(stream, preamble))
+            self._end_if_over(stream)
         else:
             stream.pending = preamble
             self._queue(stream)
@@ -220,6 +221,11 @@ class Hub:
                 yield
                 until = clock() + self.pace.slice
         self.settled = end
+        for entry in entries:
+            if entry.event in RUN_ENDS:
+                for topic in entry.topics:
+                    for stream in list(self._topics.get(topic, ())):
+                        self._end_if_over(stream)
 
     def _fan_out(self, piece: Piece, events: int, streams: Sequence[Stream], counted: bool, end: int) -> None:
         """
@@ -425,6 +431,12 @@ class Hub:
             stream.state = LIVE
         else:
             self._queue(stream)
+        self._end_if_over(stream)
+
+    def _end_if_over(self, stream: Stream) -> None:
+        """End the reader of a run when it has been given the run's last event."""
+        if stream.of_run and stream.state is LIVE and self.window.end_of(stream.topics[0]) is not None:
+            self.end(stream, "run_ended")
 
     def _write(self, stream: Stream, piece: Piece) -> None:
         stream.sent += packed(0, piece.size)

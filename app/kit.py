@@ -13,6 +13,7 @@ import structlog
 from app.access import Access
 from app.admission import Admission
 from app.buckets import Buckets
+from app.chat import Chat
 from app.control import Control
 from app.cors import Cors
 from app.hub import Hub, Pace
@@ -26,9 +27,13 @@ from app.pulse import Pulse
 from app.reader import Reader
 from app.redis_leases import RedisLeases
 from app.redis_log import RedisLog
+from app.redis_register import RedisRegister
 from app.redis_tickets import RedisTickets
+from app.register import MemoryRegister, Register
+from app.runs import Runs
 from app.settings import Settings
 from app.stream import Stream
+from app.task import Tasks
 from app.tickets import MemoryTickets, Tickets
 from app.tokens import Tokens
 from app.window import Window
@@ -104,13 +109,28 @@ class Kit:
             max_streams=settings.max_streams,
             line=self.admission,
         )
+        self.runs = Runs(
+            self.log,
+            _register(settings, self.process),
+            self.process,
+            self.tally,
+            most=settings.max_runs,
+            max_seconds=settings.run_max_seconds,
+            keep_seconds=pace.retention,
+            max_event_bytes=settings.max_event_bytes,
+        )
+        self.heed["cancel"] = lambda fields: self.runs.cancel(fields.get("run", ""))
+        self.chat = Chat(
+            settings.llm_base_url, settings.llm_model, settings.llm_api_key(), settings.llm_silence_seconds
+        )
+        self.tasks = Tasks(settings.task_root, settings.task_modules)
         self.failed = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self._streams = 0
 
     def start(self) -> None:
         """Start following the log; call it in the event loop that serves."""
-        works = [("reader", self.reader.run()), ("pulse", self.pulse.run())]
+        works = [("reader", self.reader.run()), ("pulse", self.pulse.run()), ("runs", self.runs.look())]
         if isinstance(self.keys, UrlKeys):
             works.append(("keys", self.keys.run()))
         if self.settings.redis_url:
@@ -129,6 +149,8 @@ class Kit:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.leases.stop()
         await self.tickets.close()
+        await self.runs.close()
+        await self.chat.close()
         await self.log.close()
         self.metrics.close()
 
@@ -229,6 +251,14 @@ class Kit:
             bytes=stream.bytes,
             replayed=stream.replayed,
         )
+
+
+def _register(settings: Settings, process: str) -> Register:
+    if settings.redis_url:
+        return RedisRegister(
+            settings.redis_url, process, prefix=settings.key_prefix, timeout_seconds=settings.redis_timeout_seconds
+        )
+    return MemoryRegister()
 
 
 def _log(settings: Settings, history_seconds: float) -> Log:

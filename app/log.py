@@ -15,10 +15,13 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from app.event import (
+    RUN_NAMES,
+    RUN_TOPICS,
     Draft,
     Entry,
     EventError,
     check_name,
+    check_open_topic,
     check_retry,
     check_topic,
 )
@@ -217,6 +220,9 @@ def to_fields(draft: Draft) -> list[str]:
     ``v 1 topics "a b" event NAME data TEXT retry MS``; event and retry are optional.
     """
     fields = ["v", FORMAT, "topics", " ".join(draft.topics)]
+    if draft.event in RUN_NAMES:
+        # The kit's own mark. Other services do not write it: they have no runs.
+        fields += ["run", "1"]
     if draft.event:
         fields += ["event", draft.event]
     fields += ["data", draft.data]
@@ -264,12 +270,13 @@ def from_fields(
         version = fields.get(b"v")
         if version != FORMAT.encode():
             raise EventError("v", "must be 1", version, "This kit writes version 1.")
-        unknown = fields.keys() - {b"v", b"topics", b"event", b"data", b"retry"}
+        of_run = b"run" in fields
+        unknown = fields.keys() - {b"v", b"topics", b"event", b"data", b"retry", b"run"}
         if unknown:
             raise EventError("field", "must be one of v, topics, event, data, retry", min(unknown), "Leave it out.")
         topics = tuple(dict.fromkeys(fields.get(b"topics", b"").decode().split(" ")))
         for topic in topics:
-            check_topic(topic)
+            check_topic(topic) if of_run else check_open_topic(topic)
         if len(topics) > max_topics:
             raise EventError("topics", f"must be at most {max_topics}", len(topics), "Publish to fewer.")
         raw = fields.get(b"data")
@@ -279,7 +286,12 @@ def from_fields(
             raise EventError(
                 "data", f"must have at most {max_event_bytes} bytes", len(raw), "Send a link to it instead."
             )
-        event = check_name(fields.get(b"event", b"").decode())
+        event = fields.get(b"event", b"").decode()
+        if of_run:
+            if event not in RUN_NAMES or len(topics) != 1 or not topics[0].startswith(RUN_TOPICS):
+                raise EventError("run", "must mark one event of one run", event, "Leave it out; it is the kit's own.")
+        else:
+            check_name(event)
         retry = None
         given = fields.get(b"retry")
         if given is not None:

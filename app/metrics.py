@@ -37,6 +37,9 @@ class Tally:
     soft_failed: int = 0
     handed_off: int = 0
     resumed: int = 0
+    runs_open: int = 0
+    runs_started: int = 0
+    runs_ended: dict[str, int] = field(default_factory=dict)
     # Events that one stream caught up with, counted when it ends.
     replays: Histogram = field(default_factory=lambda: Histogram(0, 1, 10, 100, 1_000, 10_000, 100_000))
 
@@ -122,6 +125,14 @@ class Metrics:
         yield _counter("sse_heartbeats", "Heartbeats written.", counts.heartbeats)
         yield _counter("sse_positions", "Events stream.position written.", counts.positions)
         yield _counter("sse_resets", "Events stream.reset written.", counts.resets)
+        yield _gauge("sse_runs_open", "Runs that this process makes now.", tally.runs_open)
+        yield _counter("sse_runs_started", "Runs that this process began to make.", tally.runs_started)
+        yield _labelled(
+            "sse_runs_ended",
+            "Runs of this process that ended: done, or why they failed.",
+            "how",
+            list(tally.runs_ended.items()),
+        )
         yield _counter("sse_published", "Events accepted by POST /publish.", tally.published)
         yield _labelled(
             "sse_requests_refused",

@@ -15,6 +15,7 @@ _TOPIC = rf"^[A-Za-z0-9._~:/@%-]{{1,{TOPIC_MAX_CHARACTERS}}}$"
 _SUBSCRIPTION = rf"^([A-Za-z0-9._~:/@%-]{{1,{TOPIC_MAX_CHARACTERS}}}\*?|\*)$"
 _VISIBLE = r"^[\x21-\x7e]+$"
 _USER = {"type": "string", "minLength": 1, "maxLength": 64}
+_RUN_ID = {"type": "string", "pattern": "^[A-Za-z0-9_-]{1,64}$"}
 
 # What each status means, wherever it is answered.
 _PROBLEMS = {
@@ -22,6 +23,7 @@ _PROBLEMS = {
     401: "No token, ticket or cookie, or one that is not valid.",
     403: "No right to a topic, or a cookie from a foreign page.",
     404: "There is none.",
+    410: "It is over, and no longer kept.",
     413: "The body is over SSE_MAX_BODY_BYTES.",
     415: "The body is not application/json.",
     422: "The Idempotency-Key was used with other events.",
@@ -100,6 +102,45 @@ def _paths(settings: Settings) -> Schema:
                 ],
             )
         },
+        "/runs": {
+            "post": _operation(
+                "startRun",
+                "Start a run; the answer is its stream, which ends with `run.done` or `run.failed`.",
+                {200: stream},
+                (400, 401, 403, 413, 415, 422, 429, 503),
+                [_key("Repeat a POST with the same key: it reads the same run."), *_user(settings)],
+                body=_run(),
+            )
+        },
+        "/runs/{id}/events": {
+            "get": _operation(
+                "followRun",
+                "Follow a run, from its beginning or from a position.",
+                {200: stream, 204: {"description": "The end was read already."}},
+                (400, 401, 403, 404, 410, 429, 503),
+                [
+                    _path("id", "As `stream.open` names it, behind `run:`.", _RUN_ID),
+                    _query(
+                        "last_event_id",
+                        "Where to go on.",
+                        {"type": "string", "pattern": _VISIBLE, "maxLength": 200},
+                    ),
+                    *_user(settings),
+                ],
+            )
+        },
+        "/runs/{id}": {
+            "delete": _operation(
+                "cancelRun",
+                "Cancel a run, wherever it is made.",
+                {
+                    200: _json("It had ended.", _object({"run": {"type": "string"}, "state": {"const": "ended"}})),
+                    202: _json("It ends soon.", _object({"run": {"type": "string"}, "state": {"const": "cancelling"}})),
+                },
+                (400, 401, 403, 404, 503),
+                [_path("id", "As `stream.open` names it, behind `run:`.", _RUN_ID), *_user(settings)],
+            )
+        },
         "/publish": {
             "post": _operation(
                 "publish",
@@ -110,14 +151,7 @@ def _paths(settings: Settings) -> Schema:
                     )
                 },
                 (400, 401, 403, 413, 415, 422, 429, 503),
-                [
-                    {
-                        "name": "Idempotency-Key",
-                        "in": "header",
-                        "description": "Repeat a publish that failed with the same key: nothing is doubled.",
-                        "schema": {"type": "string", "pattern": _VISIBLE, "maxLength": 255},
-                    }
-                ],
+                [_key("Repeat a publish that failed with the same key: nothing is doubled.")],
                 body=batch,
             )
         },
@@ -319,6 +353,15 @@ def _query(name: str, about: str, schema: Schema, *, required: bool = False) -> 
     return {"name": name, "in": "query", "description": about, "schema": schema, "required": required}
 
 
+def _key(about: str) -> Schema:
+    return {
+        "name": "Idempotency-Key",
+        "in": "header",
+        "description": about,
+        "schema": {"type": "string", "pattern": _VISIBLE, "maxLength": 255},
+    }
+
+
 def _path(name: str, about: str, schema: Schema) -> Schema:
     return {"name": name, "in": "path", "description": about, "schema": schema, "required": True}
 
@@ -377,6 +420,25 @@ def _event(settings: Settings) -> Schema:
             "retry": {"type": "integer", "minimum": 0, "maximum": RETRY_MAX_MS, "description": "Milliseconds."},
         },
     }
+
+
+def _run() -> Schema:
+    text = {"type": "string", "pattern": r"\S"}
+    message = _object({"role": {"enum": ["system", "user", "assistant"]}, "content": {"type": "string"}})
+    choices = {
+        "kind": {"const": "chat"},
+        "model": {"type": "string", "minLength": 1, "maxLength": 200},
+        "max_tokens": {"type": "integer", "minimum": 1, "maximum": 1_000_000},
+        "temperature": {"type": "number", "minimum": 0, "maximum": 2},
+    }
+    messages = {"type": "array", "items": message, "minItems": 1}
+
+    def chat(name: str, schema: Schema) -> Schema:
+        made = _object({**choices, name: schema})
+        return {**made, "required": ["kind", name]}
+
+    task = _object({"kind": {"const": "task"}, "task": {"type": "string"}, "arguments": {"type": "object"}})
+    return {"oneOf": [chat("prompt", text), chat("messages", messages), {**task, "required": ["kind", "task"]}]}
 
 
 def _stream_event() -> Schema:

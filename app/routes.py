@@ -17,9 +17,9 @@ from app.event import (
     Draft,
     EventError,
     check_name,
+    check_open_topic,
     check_retry,
     check_subscription,
-    check_topic,
 )
 from app.kit import Kit
 from app.log import Batch, IdempotencyConflict, LogUnavailable, is_marked
@@ -35,7 +35,7 @@ _STATIC = Path(__file__).parent / "static"
 _STATIC_FILES = frozenset(path.name for path in _STATIC.iterdir())
 _STREAM_ARGUMENTS = ("ticket", "topic", "last_event_id")
 _EVENT_FIELDS = frozenset({"topics", "event", "data", "retry"})
-_IDEMPOTENCY_KEY = re.compile(r"[\x21-\x7e]{1,255}")
+IDEMPOTENCY_KEY = re.compile(r"[\x21-\x7e]{1,255}")
 # What a client may send as its position; anything else was never an id of ours.
 _POSITION = re.compile(r"[\x21-\x7e]{1,200}")
 _CONTENT_SECURITY = (
@@ -52,42 +52,18 @@ def routes(kit: Kit) -> Blueprint:
 
     @pages.get("/events")
     async def events() -> Response:
-        caller = await _caller(kit)
+        caller = await caller_of(kit)
         topics = _topics(settings, caller)
         if request.method == "HEAD":
-            return _head(Response(b""))
-        _may_connect(caller, kit)
-        place = await _place(kit)
-        extensions: dict[str, Any] = request.scope["extensions"]
-        stream = Stream(
-            kit.next_stream_id(),
-            topics,
-            user=caller.user,
-            resumed_from=place.asked,
-            request_id=extensions["sse.request_id"],
-            expires_at=kit.control.expiry(caller),
-            ticket=caller.ticket,
-        )
-        before = None
-        if caller.user is not None or caller.ticket is not None:
-            kit.control.coming[stream.id] = stream
-        if caller.ticket is not None:
-            before = await kit.tickets.hold(caller.ticket, stream.id)
-            if before is not None:
-                await kit.control.end(before, "evicted")
-        # Last, so that nothing can go wrong between getting a place and giving it back.
-        if caller.user is not None:
-            await _take_place(kit, stream, before)
-        opening = Opening(kit, stream, place, request.scope)
-        extensions["sse.opening"] = opening
-        response = _head(Response(opening.body()))
-        response.timeout = None
-        return response
+            return stream_head(Response(b""))
+        may_connect(caller, kit)
+        place = await place_of(kit)
+        return await open_stream(kit, caller, topics, place)
 
     @pages.post("/publish")
     async def publish() -> tuple[dict[str, Any], int]:
-        caller = await _caller(kit)
-        drafts = _drafts(await _json(settings.max_body_bytes), kit)
+        caller = await caller_of(kit)
+        drafts = _drafts(await json_body(settings.max_body_bytes), kit)
         _may_publish(caller, drafts)
         if caller.user is not None and (wait := kit.publishes.take(caller.user, len(drafts))):
             raise Problem(
@@ -100,7 +76,7 @@ def routes(kit: Kit) -> Blueprint:
                 wait_seconds=wait,
             )
         key = request.headers.get("Idempotency-Key")
-        if key is not None and not _IDEMPOTENCY_KEY.fullmatch(key):
+        if key is not None and not IDEMPOTENCY_KEY.fullmatch(key):
             raise Problem(
                 400,
                 "invalid",
@@ -180,7 +156,7 @@ def routes(kit: Kit) -> Blueprint:
         if (
             settings.soft_fail
             and problem.status in (429, 503)
-            and request.endpoint == "sse.events"
+            and request.endpoint in ("sse.events", "runs.events")
             and wants_soft_fail(headers, problem)
         ):
             return soft_fail(kit, problem)  # type: ignore[no-any-return]
@@ -252,7 +228,40 @@ def routes(kit: Kit) -> Blueprint:
     return pages
 
 
-def _head(response: Response) -> Response:
+async def open_stream(
+    kit: Kit, caller: Caller, topics: tuple[str, ...], place: Place, *, of_run: bool = False
+) -> Response:
+    """Return the answer that is a stream of *topics* from *place*, which *caller* may read."""
+    extensions: dict[str, Any] = request.scope["extensions"]
+    stream = Stream(
+        kit.next_stream_id(),
+        topics,
+        user=caller.user,
+        resumed_from=place.asked,
+        request_id=extensions["sse.request_id"],
+        expires_at=kit.control.expiry(caller),
+        ticket=caller.ticket,
+        of_run=of_run,
+    )
+    before = None
+    if caller.user is not None or caller.ticket is not None:
+        kit.control.coming[stream.id] = stream
+    if caller.ticket is not None:
+        before = await kit.tickets.hold(caller.ticket, stream.id)
+        if before is not None:
+            await kit.control.end(before, "evicted")
+    # Last, so that nothing can go wrong between getting a place and giving it back.
+    if caller.user is not None:
+        await _take_place(kit, stream, before)
+    opening = Opening(kit, stream, place, request.scope)
+    extensions["sse.opening"] = opening
+    response = stream_head(Response(opening.body()))
+    response.timeout = None
+    return response
+
+
+def stream_head(response: Response) -> Response:
+    """Return *response* with the head of a stream."""
     response.headers["Content-Type"] = "text/event-stream; charset=utf-8"
     response.headers["Cache-Control"] = "no-store"
     # For proxies that are not ours: nginx's way to say proxy_buffering off.
@@ -264,7 +273,7 @@ def _head(response: Response) -> Response:
     return response
 
 
-async def _caller(kit: Kit) -> Caller:
+async def caller_of(kit: Kit) -> Caller:
     """Return who asks, before anything is taken or spent for the request."""
     _check_query()
     return await kit.access.caller(request.headers, request.args)
@@ -356,7 +365,7 @@ def _may_publish(caller: Caller, drafts: list[Draft]) -> None:
             )
 
 
-def _may_connect(caller: Caller, kit: Kit) -> None:
+def may_connect(caller: Caller, kit: Kit) -> None:
     """Refuse a stream to a user whose client connects in a loop."""
     if caller.user is None:
         return
@@ -398,7 +407,7 @@ async def _take_place(kit: Kit, stream: Stream, before: str | None) -> None:
     )
 
 
-async def _place(kit: Kit) -> Place:
+async def place_of(kit: Kit) -> Place:
     """Return where the stream that is asked for begins."""
     asked = request.args.get("last_event_id")
     if asked is not None and not _POSITION.fullmatch(asked):
@@ -440,7 +449,8 @@ async def _place(kit: Kit) -> Place:
     return Place(shown, found, kit.window.resets)
 
 
-async def _json(most: int) -> Any:
+async def json_body(most: int) -> Any:
+    """Return the request's body, read as JSON; raise a Problem where it is none, or has over *most* bytes."""
     if request.mimetype != "application/json":
         raise Problem(
             415,
@@ -559,7 +569,7 @@ def _draft(item: Any, kit: Kit, where: str) -> Draft:
         name.encode()
         retry = item.get("retry")
         return Draft(
-            topics=tuple(dict.fromkeys(check_topic(topic) for topic in topics)),
+            topics=tuple(dict.fromkeys(check_open_topic(topic) for topic in topics)),
             data=data,
             event=name,
             retry=None if retry is None else check_retry(retry),

@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
@@ -182,7 +183,26 @@ class Settings:
     drain_seconds: float = _seconds(45, 0, 540, "On SIGTERM all streams end spread over this time.")
     drain_lead_seconds: float = _seconds(1, 0, 60, "Between telling clients of the drain and ending the first stream.")
 
+    # --- Runs
+    llm_base_url: str = _text(
+        "",
+        "Where an OpenAI-compatible server has `/chat/completions`, such as `http://localhost:11434/v1`. "
+        "Empty: an offline generator answers, and says so.",
+    )
+    llm_model: str = _text("default", "Model that is asked where a run names none.")
+    llm_api_key_file: str = _text("", "File that holds the key of `SSE_LLM_BASE_URL`. Empty: none is sent.")
+    llm_silence_seconds: float = _seconds(
+        60, 0.05, 600, "A model's server that sends nothing for this long has failed."
+    )
+    task_root: str = _text("", "Folder below which the task `checksums` may read. Empty: it is not offered.")
+    task_modules: str = _text("", "Python modules with tasks of your own, separated by spaces; see `app/task.py`.")
+    run_max_seconds: float = _seconds(600, 0.1, 86_400, "A run that takes longer fails.")
+    run_finish_seconds: float = _seconds(
+        30, 0, 540, "After the drain a process waits this long for its runs to end. Part of the time before SIGKILL."
+    )
+
     # --- Limits
+    max_runs: int = _count(100, 1, 100_000, "Most runs that this process makes at once.")
     max_streams: int = _count(15_000, 1, 1_000_000, "Most streams of this process.")
     open_wait_seconds: float = _seconds(
         10, 0.05, 60, "In a storm, opens wait for their turn so long at most; then they get 429 or the soft fail."
@@ -264,6 +284,12 @@ class Settings:
                 raise SettingError(
                     variable(name), "an address", "", "Empty would mean all of them; say 0.0.0.0 or :: for that."
                 )
+        if self.llm_base_url and not re.fullmatch(r"https?://[^/\s?#]+(/[^\s?#]*)?", self.llm_base_url):
+            raise SettingError(
+                "SSE_LLM_BASE_URL", "http://… or https://… without a query", self.llm_base_url, "Such as http://localhost:11434/v1."
+            )
+        if self.task_root and not Path(self.task_root).is_dir():
+            raise SettingError("SSE_TASK_ROOT", "a folder", self.task_root, "Make it, or leave it empty.")
         if self.redis_url and (rule := _wrong_redis_url(self.redis_url)):
             raise SettingError(
                 "SSE_REDIS_URL", rule, _without_password(self.redis_url), "Leave it empty for a log in memory."
@@ -317,6 +343,16 @@ class Settings:
     def origins(self) -> tuple[str, ...]:
         """Return SSE_CORS_ORIGINS one by one."""
         return tuple(self.cors_origins.replace(",", " ").split())
+    def llm_api_key(self) -> str:
+        """Return what SSE_LLM_API_KEY_FILE holds, without the line end."""
+        if not self.llm_api_key_file:
+            return ""
+        try:
+            return Path(self.llm_api_key_file).read_text().strip()
+        except OSError as error:
+            raise SettingError(
+                "SSE_LLM_API_KEY_FILE", f"a file that can be read ({error.strerror})", self.llm_api_key_file, "Mount it."
+            ) from None
 
 
 def load(environ: Mapping[str, str] | None = None) -> Settings:

@@ -101,6 +101,7 @@ class Stream(_Hot):
         "expires_at",
         "head",
         "id",
+        "of_run",
         "on_end",
         "opened_at",
         "pending",
@@ -131,6 +132,7 @@ class Stream(_Hot):
         ticket: str | None = None,
         allowed: Callable[[Entry], bool] | None = None,
         on_end: Callable[["Stream"], None] | None = None,
+        of_run: bool = False,
     ) -> None:
         self.id = id
         self.topics = topics
@@ -142,6 +144,7 @@ class Stream(_Hot):
         self.ticket = ticket  # the hash of the ticket that it was opened with
         self.allowed = allowed
         self.on_end = on_end
+        self.of_run = of_run  # ends with its one topic, a run
         self.sink: Sink = None  # type: ignore[assignment]
         self.send: Callable[[bytes], int] = send_nothing
         self.state = BEHIND

@@ -14,7 +14,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from app.event import Entry, matches
+from app.event import RUN_ENDS, Entry, matches
 
 # Answers of `locate` that are not a cursor.
 AHEAD = -1
@@ -61,6 +61,7 @@ class Window:
         self._entries: list[Entry] = []
         self._start = 0  # index of `first` in _entries; what is before it is gone
         self._lines: dict[str, _Line] = {}
+        self._ends: dict[str, int] = {}  # topics of runs that are over: ordinal of the end
         self._boundary: Any = None
         self._boundary_id = ""
         self._memo: dict[tuple[Any, ...], tuple[bytes, int, int, int]] = {}
@@ -74,6 +75,7 @@ class Window:
         self.resets += 1
         self._entries = []
         self._start = 0
+        self._ends = {}
         self._lines = {}
         self._memo = {}
         self.bytes = 0
@@ -88,6 +90,10 @@ class Window:
             if line is None:
                 line = self._lines[topic] = _Line()
             line.ordinals.append(self.end)
+        if entry.event in RUN_ENDS:
+            # The first one counts: a process that was taken for dead may go on a little.
+            for topic in entry.topics:
+                self._ends.setdefault(topic, self.end)
         self._entries.append(entry)
         self.end += 1
         self.bytes += entry.size
@@ -114,6 +120,14 @@ class Window:
         if cursor <= self.first:
             return self._boundary_id
         return self._entries[self._start + cursor - 1 - self.first].id
+
+    def end_of(self, topic: str) -> int | None:
+        """Return the ordinal of the event that ended the run with this topic, None while it goes on."""
+        return self._ends.get(topic)
+
+    def has(self, topic: str) -> bool:
+        """Tell whether an entry of *topic* is kept."""
+        return topic in self._lines
 
     def locate(self, position: Any) -> int:
         """Return the cursor behind *position*, or AHEAD, or LOST."""
@@ -233,6 +247,7 @@ class Window:
             line.start += 1
             if line.start == len(line.ordinals):
                 del self._lines[topic]
+                self._ends.pop(topic, None)
             elif line.start >= 64 and line.start * 2 > len(line.ordinals):
                 del line.ordinals[: line.start]
                 line.start = 0

@@ -16,10 +16,10 @@ export interface KitEvents {
   "stream.evicted": unknown;
   "stream.expiring": unknown;
   "stream.expired": unknown;
-  "run.token": string;
+  "run.token": { text: string };
   "run.progress": { percent: number | null; stage: string };
   "run.done": unknown;
-  "run.failed": Problem;
+  "run.failed": Problem & { reason: string };
 }
 
 export interface Opened {

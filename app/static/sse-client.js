@@ -332,7 +332,7 @@ export class Stream {
 
   /** A new token for the open stream; where that cannot be, a new stream with one. */
   async #renew() {
-    if (!this.#native && this.opened) {
+    if (this.#options.token && this.opened) {
       const url = this.#beside(`streams/${encodeURIComponent(this.opened.stream)}/token`);
       const answer = await this.#fetch(url, { method: "POST", renew: true }).catch(() => null);
       if (answer?.ok) return;
