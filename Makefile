@@ -7,6 +7,13 @@
 PORT ?= 8080
 # Application processes of `make up`.
 APPS ?= 2
+# Of `make up`: none lets anybody in, jwt asks for tokens, which `make token` makes.
+AUTH ?= none
+SUB ?=
+SUBSCRIBE ?=
+PUBLISH ?=
+ADMIN ?=
+TTL ?= 3600
 # What `make test` runs, and on how many processes: tests wait more than they
 # compute, so one more than two cores.
 TESTS ?= tests
@@ -35,12 +42,17 @@ help: ## Show this list.
 	  /^[a-z0-9-]+:.*## / { printf "  %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .PHONY: up
-up: stack-packages venv ## Start Redis, APPS=2 processes and nginx on PORT=8080.
-	@$(STACK) up --port="$(PORT)" --apps="$(APPS)"
+up: stack-packages venv ## Start Redis, APPS=2 processes and nginx on PORT=8080 (AUTH=jwt: with tokens).
+	@$(STACK) up --port="$(PORT)" --apps="$(APPS)" --auth="$(AUTH)"
 
 .PHONY: down
 down: ## End what `make up` started on PORT, and only that.
 	@if [ -x $(PYTHON) ]; then $(STACK) down --port="$(PORT)"; else echo "Nothing was ever started here."; fi
+
+.PHONY: token
+token: venv ## Make a token for AUTH=jwt (SUB=alice SUBSCRIBE='a b/*' PUBLISH= ADMIN=1 TTL=).
+	@$(PYTHON) -m app token --secret-file=".run/$(PORT)/jwt-secret" --sub="$(SUB)" --subscribe="$(SUBSCRIBE)" \
+	  --publish="$(PUBLISH)" --ttl="$(TTL)" $(if $(ADMIN),--admin)
 
 .PHONY: run
 run: venv ## One process on PORT, log in memory; no Redis, no nginx.

@@ -8,6 +8,7 @@ _HELP = """\
 usage: python -m app                    serve; settings come from SSE_… variables
        python -m app publish --help     publish standard input, line by line
        python -m app listen --help      follow a stream, resuming by itself
+       python -m app token --help       make a token for trying things out
 """
 
 
@@ -21,11 +22,15 @@ def main(argv: list[str]) -> int:
         from app.command import main as command
 
         return command(argv)
+    if argv and argv[0] == "token":
+        from app.mint import main as mint
+
+        return mint(argv[1:])
     if argv and argv[0] in ("-h", "--help", "help"):
         print(_HELP, end="")
         return 0
     if argv:
-        print(f"command must be publish, listen or none, got {argv[0]!r}.\n{_HELP}", end="", file=sys.stderr)
+        print(f"command must be publish, listen, token or none, got {argv[0]!r}.\n{_HELP}", end="", file=sys.stderr)
         return 2
     from app.server import run
     from app.settings import SettingError, load

@@ -168,7 +168,7 @@ def own_topic(user: str) -> str:
 def check_user(user: object, name: str = "user") -> str:
     """Return *user* if it is an id that has a topic of its own; raise EventError where it is not."""
     if not isinstance(user, str) or not 1 <= len(user) <= USER_MAX_CHARACTERS:
-        raise EventError(name, f"must have 1 to {USER_MAX_CHARACTERS} characters", user, "Shorten it.")
+        raise EventError(name, f"must have 1 to {USER_MAX_CHARACTERS} characters", user, "Such as `alice`.")
     if user.encode(errors="replace") != user.encode(errors="surrogatepass"):
         raise EventError(name, "must be text that UTF-8 can carry", user, "A surrogate stands alone.")
     most = TOPIC_MAX_CHARACTERS - len("user:")

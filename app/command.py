@@ -7,14 +7,17 @@ Standard output carries events and nothing else; all that is said goes to standa
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
+import re
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
@@ -175,7 +178,44 @@ def _command(commands: Any, name: str, summary: str, text: str) -> argparse.Argu
         metavar="ADDRESS",
         help=f"the server (default: {DEFAULT_URL})",
     )
+    parser.add_argument(
+        "--token-file",
+        default=None,
+        type=_token_file,
+        metavar="FILE",
+        help="token to send (SSE_AUTH=jwt); read anew for every request",
+    )
     return parser
+
+
+class _TokenFile(Mapping[str, str]):
+    """The header that carries the token of a file, which may be replaced at any time."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._last = ""
+
+    def __getitem__(self, name: str) -> str:
+        if name != "Authorization":
+            raise KeyError(name)
+        # One that is being replaced is for a moment not there.
+        with contextlib.suppress(OSError, UnicodeDecodeError):
+            self._last = self._path.read_text("ascii").strip() or self._last
+        return f"Bearer {self._last}"
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(("Authorization",))
+
+    def __len__(self) -> int:
+        return 1
+
+
+def _token_file(value: str) -> _TokenFile:
+    found = _TokenFile(Path(value))
+    # Else the client's library would speak of a header that nobody typed.
+    if not re.fullmatch(r"Bearer [\x21-\x7e]+", found["Authorization"]):
+        raise argparse.ArgumentTypeError(f"must be a file that holds a token, got {value!r}.")
+    return found
 
 
 def _checked(check: Callable[[object], str]) -> Callable[[str], str]:
@@ -335,6 +375,7 @@ class Publishing:
                 self.arguments.url,
                 [event for _, event in events],
                 client=client,
+                headers=self.arguments.token_file,
                 timeout_seconds=self.arguments.timeout,
                 on_wait=self.waiting,
             )
@@ -453,6 +494,7 @@ async def _follow(arguments: argparse.Namespace, heard: Heard) -> bool:
         arguments.topic,
         last_event_id=arguments.position or "",
         user=arguments.user,
+        headers=arguments.token_file,
         on_open=on_open,
         on_wait=on_wait,
     )

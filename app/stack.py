@@ -23,6 +23,7 @@ import os
 import pwd
 import re
 import resource
+import secrets
 import shlex
 import shutil
 import signal
@@ -39,6 +40,8 @@ from types import TracebackType
 from typing import IO, Any, Self
 
 ROOT = Path(__file__).resolve().parent.parent
+# Where `make up AUTH=jwt` keeps the secret of its stack, and `make token` finds it.
+_SECRET = "jwt-secret"
 RUN = ROOT / ".run"
 LINUX = sys.platform == "linux"
 
@@ -735,9 +738,11 @@ def _runs(part: Mapping[str, Any]) -> bool:
     return part["identity"] is not None and identity(part["pid"]) == part["identity"]
 
 
-def up(port: int, apps: int, env: Mapping[str, str]) -> str:
+def up(port: int, apps: int, env: Mapping[str, str], auth: str = "none") -> str:
     """
     Start a stack that outlives this process; return what to tell the user.
+
+    With *auth* "jwt" it asks for tokens, signed with a secret made here.
     """
     directory = RUN / str(port)
     env = {"SSE_DRAIN_SECONDS": LOCAL_DRAIN_SECONDS} | dict(env)
@@ -759,6 +764,8 @@ def up(port: int, apps: int, env: Mapping[str, str]) -> str:
             _remove(directory)  # a restarted machine leaves this
         try:
             check_port_free(port)
+            if auth == "jwt":
+                env |= {"SSE_AUTH": "jwt", "SSE_JWT_SECRET_FILE": str(_write_secret(directory))}
             stack = Stack(apps=apps, env=env, port=port, directory=directory, detached=True)
             _write_state(stack, stop_seconds)
             stack.start()
@@ -768,7 +775,14 @@ def up(port: int, apps: int, env: Mapping[str, str]) -> str:
             raise
         for part in stack.parts:
             part.release()
-    return _welcome(port, apps)
+    return _welcome(port, apps, auth)
+
+
+def _write_secret(directory: Path) -> Path:
+    path = directory / _SECRET
+    path.touch(0o600)
+    path.write_text(secrets.token_hex(32) + "\n")
+    return path
 
 
 def _remove(directory: Path) -> None:
@@ -792,8 +806,20 @@ def _processes(count: int) -> str:
     return "1 application process" if count == 1 else f"{count} application processes"
 
 
-def _welcome(port: int, apps: int) -> str:
+def _welcome(port: int, apps: int, auth: str) -> str:
     address, argument = _address(port), _port_argument(port)
+    if auth == "jwt":
+        return f"""\
+Redis, {_processes(apps)} and nginx are ready, and ask for tokens: {address}
+
+Make one that may read and publish the topic `demo`:
+  TOKEN=$(make -s token{argument} SUB=alice SUBSCRIBE=demo PUBLISH=demo)
+Read a stream, and leave it running:
+  curl -N -H "Authorization: Bearer $TOKEN" '{address}events?topic=demo'
+Publish an event from a second terminal, with a token of its own:
+  curl -d '{{"topics": ["demo"], "data": "hello"}}' -H "Authorization: Bearer $TOKEN" -H 'Content-Type: application/json' {address}publish
+
+make status{argument}, make logs{argument} and make feed{argument} look at it; make down{argument} ends it."""
     return f"""\
 Redis, {_processes(apps)} and nginx are ready: {address}
 
@@ -934,16 +960,32 @@ def feed(port: int, topic: str) -> int:
         own = directory / f"feed-{os.getpid()}.pid"
         own.write_text(f"{os.getpid()} {identity(os.getpid())}")
     try:
-        return _feed(port, topic, application["port"])
+        token = _feed_token(directory, topic) if (directory / _SECRET).exists() else []
+        return _feed(port, topic, application["port"], token)
     finally:
         own.unlink(missing_ok=True)
 
 
-def _feed(port: int, topic: str, application_port: int) -> int:
+def _feed_token(directory: Path, topic: str) -> list[str]:
+    """Return the arguments with which `publish` shows a token of its own."""
+    command = [
+        sys.executable, "-m", "app", "token", "--secret-file", str(directory / _SECRET),
+        "--sub", "feed", "--publish", topic, "--ttl", "604800",
+    ]  # fmt: skip
+    made = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if made.returncode:
+        raise StackError(made.stderr.strip())
+    path = directory / "feed-token"
+    path.touch(0o600)
+    path.write_text(made.stdout)
+    return ["--token-file", str(path)]
+
+
+def _feed(port: int, topic: str, application_port: int, token: list[str]) -> int:
     source = ["tail", "-n", "0", "-F", str(RUN / str(port) / "access.log")]
     sink = [
         sys.executable, "-m", "app", "publish", "--topic", topic, "--json",
-        "--url", f"http://127.0.0.1:{application_port}",
+        "--url", f"http://127.0.0.1:{application_port}", *token,
     ]  # fmt: skip
     print(f"The access log of {_address(port)} goes into the topic `{topic}`, until you press Ctrl-C. Watch it:")
     print(f"  curl -N '{_address(port)}events?topic={topic}'")
@@ -984,6 +1026,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Texts: make hands on whatever was given, and argparse would speak of options that nobody typed.
     parser.add_argument("--port", default="8080", help="nginx's port (default: 8080)")
     parser.add_argument("--apps", default="2", help="application processes (default: 2)")
+    parser.add_argument("--auth", default="none", help="none, or jwt to ask for tokens (default: none)")
     parser.add_argument("--topic", default="logs", help="topic of `feed` (default: logs)")
     parser.add_argument("--all", action="store_true", help="`down`: every stack of this clone")
     options = parser.parse_args(arguments)
@@ -992,8 +1035,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         apps = _number("APPS", options.apps, 64)
         match options.command:
             case "up":
+                if options.auth not in ("none", "jwt"):
+                    raise StackError(f"AUTH must be none or jwt, got {options.auth!r}. Such as AUTH=jwt.")
                 settings = {k: v for k, v in os.environ.items() if k.startswith("SSE_")}
-                print(up(port, apps, settings))
+                print(up(port, apps, settings, options.auth))
             case "down":
                 for each in _ports() if options.all else [port]:
                     print(down(each))
