@@ -223,9 +223,8 @@ class Hub:
         self.settled = end
         for entry in entries:
             if entry.event in RUN_ENDS:
-                for topic in entry.topics:
-                    for stream in list(self._topics.get(topic, ())):
-                        self._end_if_over(stream)
+                for stream in self._wanted(entry.topics)[0]:
+                    self._end_if_over(stream)
 
     def _fan_out(self, piece: Piece, events: int, streams: Sequence[Stream], counted: bool, end: int) -> None:
         """
