@@ -18,6 +18,8 @@ TTL ?= 3600
 # compute, so one more than two cores.
 TESTS ?= tests
 WORKERS ?= 3
+# How long `make fuzz` goes on.
+SECONDS ?= 600
 # `make bench`: 1 for a fifth of the streams, in under 5 minutes.
 # `make test-faults`: 1 for each fault once, in under 3 minutes.
 QUICK ?=
@@ -83,6 +85,10 @@ lint: test-venv ## Check style, types and who may import what.
 	@$(PYTHON) -m ruff check
 	@$(PYTHON) -m mypy
 	@.venv/bin/lint-imports
+
+.PHONY: fuzz
+fuzz: test-venv ## Feed the parsers with nonsense for SECONDS=600.
+	@FUZZ_SECONDS=$(SECONDS) $(PYTHON) -m pytest -q tests/test_fuzz.py
 
 .PHONY: test-mutations
 test-mutations: test-packages test-venv ## Break each guarantee, see its test fail (ONLY=, LIST=1).
