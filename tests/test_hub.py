@@ -809,6 +809,25 @@ class TestTell:
             assert sink.told[at].id == ("" if at == 0 else sink.told[at - 1].id)
 
 
+class TestOwed:
+    def test_counts_what_was_not_written(self, bench):
+        """
+        A live stream is owed nothing; one that is behind, the events of its own topics.
+        """
+        bench.publish(("a",), ("b",))
+        live, _ = bench.open("a")
+        behind, _ = bench.open("a", at=bench.window.first)
+        prefix, _ = bench.open("*", at=bench.window.first)
+        blocked, full = bench.open("b")
+        full.room = 0
+        bench.publish(("b",), ("a",), ("b",))
+        bench.publish(("b",))
+
+        assert [0, 2, 6] == [bench.hub.owed(stream) for stream in (live, behind, prefix)]
+        # The flush that it could not take is with its connection.
+        assert 1 == bench.hub.owed(blocked)
+
+
 class TestEnds:
     @pytest.mark.parametrize("how", ["end", "cut", "gone"])
     @pytest.mark.parametrize("state", ["live", "behind", "waiting"])

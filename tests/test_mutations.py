@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.mutations.__main__ import Mutation, fault, mutations
+from tests.mutations.__main__ import Mutation, fault, guarantees, mutations
 
 
 @pytest.mark.parametrize("mutation", mutations(), ids=lambda m: f"{m.area}/{m.name}")
@@ -28,3 +28,13 @@ def test_a_test_is_named_that_exists():
         for part in mutation.test.split():
             if part.startswith("tests/"):
                 assert (root / part.split("::")[0]).is_file(), mutation.name
+
+
+def test_every_guarantee_is_broken_by_some():
+    """All nine have a mutation that exists, so that a test is known to see each of them fail."""
+    known = {f"{m.area}/{m.name}" for m in mutations()}
+
+    assert list("123456789") == [name.split()[0] for name in guarantees()]
+    for guarantee, names in guarantees().items():
+        assert names, guarantee
+        assert set() == set(names) - known, guarantee

@@ -86,8 +86,11 @@ def complaints(row: Row) -> list[str]:
     if not each.announced and not each.may_reset and row.resets:
         broken.append(f"{row.resets} resets, though the log survived")
     breaks = {why: count for why, count in row.ends.items() if why.startswith("listen: ")}
-    if row.fault in ("rolling-restart", "nginx-reloaded") and breaks:
-        broken.append(f"the kit's own client had to break before it made: {breaks}")
+    if row.fault in ("rolling-restart", "nginx-reloaded"):
+        if breaks:
+            broken.append(f"the kit's own client had to break before it made: {breaks}")
+        if row.ends.get("cut"):
+            broken.append(f"{row.ends['cut']} streams were cut in the middle")
     if not each.errors and row.errors:
         broken.append(f"client errors: {row.errors}")
     return broken

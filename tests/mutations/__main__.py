@@ -49,6 +49,12 @@ def mutations() -> list[Mutation]:
     ]
 
 
+def guarantees() -> dict[str, list[str]]:
+    """Return each guarantee of the README, with the names of mutations that prove its tests."""
+    named: dict[str, list[str]] = tomllib.loads((_HERE / "faults.toml").read_text())["guarantees"]
+    return named
+
+
 def fault(mutation: Mutation, root: Path = _ROOT) -> str | None:
     """Return why *mutation* cannot be applied to the tree as it is, or None."""
     path = root / mutation.file
