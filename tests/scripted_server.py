@@ -86,13 +86,15 @@ async def read_request(reader: asyncio.StreamReader) -> Request | None:
 
 
 @asynccontextmanager
-async def serving(*answers: Answer, port: int = 0) -> AsyncGenerator[Server]:
+async def serving(
+    *answers: Answer, port: int = 0, seconds: float = TEST_DEADLINE_SECONDS
+) -> AsyncGenerator[Server]:
     """Serve *answers* on a free port; a test that hangs fails."""
     server = Server("", list(answers))
     listener = await asyncio.start_server(server.serve, "127.0.0.1", port)
     server.url = f"http://127.0.0.1:{listener.sockets[0].getsockname()[1]}"
     try:
-        async with asyncio.timeout(TEST_DEADLINE_SECONDS):
+        async with asyncio.timeout(seconds):
             yield server
     finally:
         listener.close()
