@@ -287,7 +287,7 @@ export class Stream {
     let watch;
     const alive = () => {
       clearTimeout(watch);
-      watch = setTimeout(() => abort.abort(), this.#silence);
+      if (!link.shut) watch = setTimeout(() => abort.abort(), this.#silence);
     };
     link.close = () => {
       clearTimeout(watch);

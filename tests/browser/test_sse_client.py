@@ -13,8 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from app.stack import Stack
 from tests.browser import native
 from tests.browser.gate import Gate
+from tests.signing import SECRET, token
 
 HERE = Path(__file__).parent
 BOTH = pytest.mark.parametrize("mode", ["eventsource", "fetch"])
@@ -539,3 +541,110 @@ class TestOneStreamForAllTabs:
         first.wait_texts("a")
         other.wait_texts("b")
         assert 2 == len(gate.streams)
+
+
+@pytest.fixture(scope="module")
+def guarded(require):
+    """A stack that asks for tokens; those of the tests last some seconds."""
+    require("redis-server", "valkey-server")
+    require("nginx")
+    env = {"SSE_AUTH": "jwt", "SSE_JWT_SECRET": SECRET, "SSE_JWT_LEEWAY_SECONDS": "0"}
+    env |= {"SSE_EXPIRING_SECONDS": "2", "SSE_RETRY_MS": "200"}
+    with Stack(env=env) as stack:
+        yield stack
+
+
+class TestTokens:
+    """Pages whose server gives out tokens that last for seconds only."""
+
+    @pytest.fixture
+    def visitor(self, context, guarded):
+        """A tab whose page gets its tokens from its own server, here the test."""
+        gate = Gate()
+        gate.target = ("127.0.0.1", guarded.nginx.port)
+        asked = []
+
+        def give(seconds=4):
+            asked.append(seconds)
+            return token("alice", seconds=seconds, subscribe=["*"], publish=["*"])
+
+        page = context.new_page()
+        page.goto(gate.url + "/healthz")
+        page.expose_function("giveToken", give)
+        page.asked = asked
+        page.gate = gate
+        yield Tab(page)
+        gate.close()
+
+    def start(self, one, topic, mode):
+        one.page.evaluate(
+            """async ([topic, mode]) => {
+              const { connect } = await import("/static/sse-client.js");
+              window.got = [];
+              window.states = [];
+              window.refused = null;
+              window.stream = connect("/events", {
+                topics: [topic], mode, token: () => giveToken(),
+                onstate: (state) => states.push(state), onerror: (error) => (refused = error.problem),
+              });
+              stream.on("*", (data, { event, text, id }) => got.push({ event, text, id }));
+            }""",
+            [topic, mode],
+        )
+
+    def publish(self, guarded, topic, data):
+        headers = {"content-type": "application/json", "authorization": f"Bearer {token(publish=['*'])}"}
+        body = json.dumps({"topics": [topic], "data": data}).encode()
+        request = urllib.request.Request(f"{guarded.url}/publish", body, headers)
+        urllib.request.urlopen(request, timeout=10).close()
+
+    @BOTH
+    def test_renewed_before_it_expires(self, guarded, visitor, topic, mode):
+        """
+        A stream outlives its token: by a new one in place, without a gap and without a second stream.
+        """
+        self.start(visitor, topic, mode)
+        visitor.wait_open()
+
+        # Two tokens have been used up when the third warning comes.
+        visitor.wait("got.filter(({ event }) => event === 'stream.expiring').length >= 3")
+        self.publish(guarded, topic, "still here")
+
+        visitor.wait_texts("still here")
+        assert [] == visitor.told("stream.expired")
+        assert 1 == len(visitor.page.gate.streams)
+        assert ["connecting", "open"] == visitor.states
+        assert len(visitor.page.asked) >= 3
+
+    @BOTH
+    def test_expired(self, guarded, visitor, topic, mode):
+        """
+        Where no new token comes in time the stream ends, and goes on with the next one without a loss.
+        """
+        visitor.page.evaluate("void (window.late = true)")
+        visitor.page.evaluate(
+            """void (window.fetch = ((real) => (url, init) =>
+                late && String(url).includes("/streams/") ? Promise.reject(new TypeError("cut")) : real(url, init)
+            )(window.fetch))"""
+        )
+        self.start(visitor, topic, mode)
+        visitor.wait_open()
+        self.publish(guarded, topic, "before")
+        visitor.wait_texts("before")
+
+        visitor.wait_open(2)
+        self.publish(guarded, topic, "after")
+
+        visitor.wait_texts("before", "after")
+
+    def test_refused_token(self, guarded, visitor, topic):
+        """
+        A token that stays bad ends the stream, with the server's own words.
+        """
+        visitor.page.evaluate("void (window.giveToken = () => 'not a token')")
+        self.start(visitor, topic, "fetch")
+
+        visitor.wait("stream.state === 'closed'")
+
+        assert 401 == visitor.page.evaluate("refused.status")
+        assert visitor.page.evaluate("refused.cure")
