@@ -6,7 +6,8 @@
  *
  *   target HOST PORT                  add an address
  *   add N TARGET PATH KEYS            N streams on target number TARGET (from 0);
- *                                     KEYS are the numbers of their topics: 0,3
+ *                                     KEYS are the numbers of their topics: 0,3;
+ *                                     PATH#TOKEN sends a bearer token
  *   base KEY SEQ                      streams that open without an id expect SEQ+1
  *   final KEY SEQ                     SEQ is the last one published
  *   connect CONCURRENCY MS            open every closed stream, resuming where an
@@ -491,9 +492,13 @@ static void request(struct stream *s)
         return;
     }
     char text[2048];
+    /* What a path has behind a '#' is no part of the request's target: a token. */
+    size_t length = strcspn(s->path, "#");
+    const char *token = s->path[length] ? s->path + length + 1 : "";
     int n = snprintf(text, sizeof text,
-                     "GET %s HTTP/1.1\r\nHost: localhost\r\nAccept: text/event-stream\r\n"
-                     "Cache-Control: no-store\r\n%s%s%s\r\n", s->path,
+                     "GET %.*s HTTP/1.1\r\nHost: localhost\r\nAccept: text/event-stream\r\n"
+                     "Cache-Control: no-store\r\n%s%s%s%s%s%s\r\n", (int)length, s->path,
+                     token[0] ? "Authorization: Bearer " : "", token, token[0] ? "\r\n" : "",
                      s->id[0] ? "Last-Event-ID: " : "", s->id, s->id[0] ? "\r\n" : "");
     if (n >= (int)sizeof text || send(s->fd, text, (size_t)n, MSG_NOSIGNAL) != n) {
         fail("request not sent");

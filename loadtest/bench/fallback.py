@@ -180,10 +180,14 @@ class Client:
             self.close(stream, ours=True)
             return
         resume = b"Last-Event-ID: " + stream.id + b"\r\n" if stream.id else b""
+        # What a path has behind a '#' is no part of the request's target: a token.
+        path, _, token = stream.path.partition("#")
+        if token:
+            resume += f"Authorization: Bearer {token}\r\n".encode()
         try:
             stream.link.send(
                 b"GET %b HTTP/1.1\r\nHost: localhost\r\nAccept: text/event-stream\r\n"
-                b"Cache-Control: no-store\r\n%b\r\n" % (stream.path.encode(), resume)
+                b"Cache-Control: no-store\r\n%b\r\n" % (path.encode(), resume)
             )
         except OSError:
             self.fail("request not sent")

@@ -145,6 +145,14 @@ LIMITS = (
         at_least=True,
         digits=0,
     ),
+    Limit(
+        "connect",
+        "CPU per connect with a token and a lease per stream, divided by without",
+        1.4,
+        1.2,
+        ("connect", "app-auth"),
+        ("connect", KIT),
+    ),
     Limit("pss", "PSS per idle stream, KB", 8, 4, ("pss", KIT), digits=1),
     Limit(
         "reconnect",

@@ -181,7 +181,11 @@ class Session:
         """
         Add *count* streams, closed.
         """
-        self.clients.add(count, self.running.path, [KEY])
+        paths = self.running.paths or (self.running.path,)
+        for number, path in enumerate(paths):
+            share = count // len(paths) + (number < count % len(paths))
+            if share:
+                self.clients.add(share, path, [KEY])
 
     def open(self, wanted: int) -> dict:
         """
@@ -360,8 +364,9 @@ def fan_out(bench: Bench) -> None:
     Single events, bursts, latency, and the longest hold, all peers up at once.
     """
     size = bench.size
-    progress(f"fan-out: starting {len(bench.peers)} servers")
-    with bench.sessions(bench.peers) as sessions:
+    peers = [peer for peer in bench.peers if peer.fans_out]
+    progress(f"fan-out: starting {len(peers)} servers")
+    with bench.sessions(peers) as sessions:
         # The lesser number of streams first: they stay open for the other.
         steps = [(size.burst_streams, fan_out_bursts), (size.single_streams, fan_out_singles)]
         opened = 0
@@ -552,7 +557,7 @@ def _connections_of(bench: Bench, session: Session, number: int) -> None:
     running, clients = session.running, session.clients
     # Some streams load what every server loads once. Few at a time: what many at
     # once leave free would hold the streams that count.
-    clients.ask_one(f"churn 20 2 0 {running.path} 20000", 30)
+    clients.ask_one(f"churn 20 2 0 {(running.paths or (running.path,))[0]} 20000", 30)
     settle(running)
 
     half, count = size.connect_streams // 2, size.connect_streams

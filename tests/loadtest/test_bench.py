@@ -359,6 +359,20 @@ class TestStreams:
 
         assert b"\r\nAccept: text/event-stream\r\n" in server.requests[0]
 
+    def test_token(self, kind: str):
+        """
+        What a path has behind a '#' goes as a bearer token, and not as a part of the path.
+        """
+        with playing(lambda request, ordinal: [HEAD + OPEN]) as (clients, server):
+            clients.add(1, "/events?topic=a#the.token", [0])
+            clients.connect()
+
+            known, unknown = sorted(server.requests, key=len, reverse=True)
+            lines = known.split(b"\r\n")
+            assert b"GET /events?topic=a HTTP/1.1" == lines[0]
+            assert b"Authorization: Bearer the.token" in lines
+            assert b"Authorization" not in unknown
+
     def test_churn(self, kind: str):
         """
         Every one of many connects is made and counted.

@@ -2,7 +2,13 @@
 The servers of the benchmark, one module each, all with the face of `Peer`.
 """
 
-from .application import ApplicationBehindNginx, ApplicationInMemory, ApplicationOff, ApplicationOn
+from .application import (
+    ApplicationBehindNginx,
+    ApplicationInMemory,
+    ApplicationOff,
+    ApplicationOn,
+    ApplicationWithTokens,
+)
 from .base import Absent, Peer, Running
 from .floor import Floor
 from .nchan import Nchan
@@ -16,6 +22,7 @@ PEERS: dict[str, Peer] = {
     for peer in (
         Floor(),
         ApplicationOn(),
+        ApplicationWithTokens(),
         ApplicationInMemory(),
         ApplicationOff(),
         ApplicationBehindNginx(),

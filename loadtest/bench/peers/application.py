@@ -5,8 +5,11 @@ Redis and nginx count as part of the server: what the kit needs, the kit pays.
 All parts are started by app/stack.py, as `make up` starts them.
 """
 
+import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+import jwt
 
 from app.stack import Stack, StackError, find_tool
 
@@ -53,6 +56,7 @@ class _Application(Peer):
             "SSE_HEARTBEAT_SECONDS": str(heartbeat),
             "SSE_KEY_PREFIX": KEY_PREFIX,
             "SSE_LOG_FORMAT": "json",
+            **self.settings(),
         }
         stack = Stack(
             apps=processes,
@@ -78,7 +82,20 @@ class _Application(Peer):
             [Watched(part.name.partition("-")[0], part.pid) for part in stack.parts],
             [publisher.end, stack.close],
             tuple(app.metrics_port for app in stack.apps),
+            self.paths(),
         )
+
+    def settings(self) -> dict[str, str]:
+        """
+        Return the settings in which it differs from what is shipped.
+        """
+        return {}
+
+    def paths(self) -> tuple[str, ...]:
+        """
+        Return the streams' paths, where they differ from one another.
+        """
+        return ()
 
 
 def render_publish(burst: list[str]) -> list[tuple[str, dict[str, str], bytes]]:
@@ -97,6 +114,33 @@ class ApplicationOn(_Application):
     name = "app"
     title = "this kit"
     label = "this kit"
+
+
+class ApplicationWithTokens(_Application):
+    """
+    A thousand users, each with a token and a lease for every stream; other rows would be those of `app`.
+    """
+
+    name = "app-auth"
+    title = "this kit, with tokens and limit per user"
+    label = "kit, tokens and limit"
+    fans_out = False
+    users = 1_000
+    secret = "0123456789abcdef" * 4
+
+    def settings(self) -> dict[str, str]:
+        """
+        Ask for tokens.
+        """
+        return {"SSE_AUTH": "jwt", "SSE_JWT_SECRET": self.secret}
+
+    def paths(self) -> tuple[str, ...]:
+        """
+        Return a path for each user.
+        """
+        claims = {"exp": int(time.time()) + 7200, "sse": {"subscribe": [TOPIC]}}
+        tokens = (jwt.encode({**claims, "sub": f"user-{n}"}, self.secret, "HS256") for n in range(self.users))
+        return tuple(f"/events?topic={TOPIC}#{token}" for token in tokens)
 
 
 class ApplicationInMemory(_Application):

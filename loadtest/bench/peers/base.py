@@ -36,6 +36,8 @@ class Running:
     closers: list[Callable[[], None]]
     # Where the server tells its own figures, if it does.
     metrics_ports: tuple[int, ...] = ()
+    # Paths with tokens, for a server that wants to know who asks; streams share them evenly.
+    paths: tuple[str, ...] = ()
 
     def cpu(self) -> float:
         """
@@ -77,6 +79,8 @@ class Peer(ABC):
     label: str
     # Whether a client that comes back is sent what it missed.
     resumes = False
+    # Whether it differs from another peer once its streams are open.
+    fans_out = True
     # Whether it sends heartbeats to silent streams.
     heartbeats = True
     # Whether `start` can make several processes that carry the same topic.
