@@ -280,6 +280,47 @@ class TestRedisUrl:
         assert "SSE_REDIS_URL must be redis://host:port/number" in refused({"SSE_REDIS_URL": url})
 
     @pytest.mark.parametrize(
+        "url",
+        [
+            "redis+sentinel://one/main",
+            "redis+sentinel://one:26379,two,[::1]:26380/main/3",
+            "rediss+sentinel://user:p%40ss@one:26379/main?sentinel_password=x&ssl_ca_certs=/ca.pem",
+        ],
+    )
+    def test_sentinels(self, url):
+        """
+        Sentinels, the master's name, its database; passwords of both.
+        """
+        assert url == load({"SSE_REDIS_URL": url}).redis_url
+
+    @pytest.mark.parametrize(
+        "url",
+        [
+            "redis+sentinel://one:26379",
+            "redis+sentinel:///main",
+            "redis+sentinel://one:port/main",
+            "redis+sentinel://one,/main",
+            "redis+sentinel://one/main/x",
+        ],
+    )
+    def test_wrong_sentinels(self, url):
+        """
+        A master without a name, or an address that is none, is refused at the start.
+        """
+        assert "SSE_REDIS_URL must be redis+sentinel://host:port,host:port/master/number" in refused(
+            {"SSE_REDIS_URL": url}
+        )
+
+    def test_wrong_options_of_sentinels(self):
+        """
+        The timeouts are the kit's there, too; and no password is shown.
+        """
+        said = refused({"SSE_REDIS_URL": "redis+sentinel://u:secret@one/main?socket_timeout=9"})
+
+        assert "a URL with no other options than db, " in said
+        assert "secret" not in said
+
+    @pytest.mark.parametrize(
         "query", ["socket_timeout=99", "retry_on_timeout=1", "foo=bar", "db=x", "ssl_cert_reqs=maybe"]
     )
     def test_options(self, query):

@@ -328,8 +328,9 @@ async def obey(audience: Audience, command: dict[str, Any]) -> dict[str, Any]:
 
 
 async def _open(
-    audience: Audience, count: int, topics: int, port: int, prefix: str, at_once: int, seconds: float
+    audience: Audience, count: int, topics: int, port: int, prefix: str, at_once: int, seconds: float, heavy: int = 0
 ) -> dict[str, Any]:
+    """Open *count* streams; the first *heavy* of them hear the topic `heavy` too."""
     began = time.monotonic()
     room = asyncio.Semaphore(at_once)
     left = count
@@ -345,7 +346,8 @@ async def _open(
     async with asyncio.timeout(seconds):
         for number in range(count):
             account = Account(number % topics)
-            seat = Seat(audience, port, f"/events?topic={prefix}{account.topic}&user=u{len(audience.seats)}", account)
+            path = f"/events?topic={prefix}{account.topic}&user=u{len(audience.seats)}"
+            seat = Seat(audience, port, path + "&topic=heavy" * (number < heavy), account)
             audience.accounts.append(account)
             audience.seats.append(seat)
             await room.acquire()

@@ -34,7 +34,9 @@ def show(row: Row, broken: list[str]) -> None:
     if row.errors:
         notes.append("client errors: " + ", ".join(f"{count} {why}" for why, count in sorted(row.errors.items())))
     if row.publish_failures:
-        notes.append(f"publishers repeated {row.publish_failures} requests")
+        notes.append(
+            "publishers repeated: " + ", ".join(f"{count} {why}" for why, count in row.publish_failures.items())
+        )
     for note in notes + [f"BROKEN: {text}" for text in broken]:
         print(f"    {note}", flush=True)
 

@@ -53,7 +53,7 @@ class Size:
     behind_nginx: int = 0  # only the first so many; 0 for all
     listeners: int = 4
     freeze_seconds: float = 4.0
-    event_bytes: int = 0  # at least; the rest is padding
+    heavy: int = 0  # so many streams hear the topic `heavy` too
     env: dict[str, str] = field(default_factory=lambda: dict(SCALED))
 
 
@@ -71,7 +71,7 @@ class Row:
     errors: dict[str, int]
     resets: int
     reset_streams: int
-    publish_failures: int
+    publish_failures: dict[str, int]
     ends: dict[str, int]
     opened: list[float]
     before: Histogram
@@ -125,9 +125,8 @@ class Press:
     LANES = 4
     TICK_SECONDS = 0.05
 
-    def __init__(self, url: str, topics: int, per_second: int, padding: int = 0) -> None:
+    def __init__(self, url: str, topics: int, per_second: int) -> None:
         self.url = url
-        self._padding = " " + "x" * padding if padding else ""
         self.last = [0] * topics
         self.acknowledged: set[str] = set()
         self.failures: Counter[str] = Counter()
@@ -159,7 +158,7 @@ class Press:
                 for _ in range(int(owed)):
                     topic = next(turn)
                     self.last[topic] += 1
-                    data = f"{topic} {self.last[topic]} {time.monotonic_ns()}{self._padding}"
+                    data = f"{topic} {self.last[topic]} {time.monotonic_ns()}"
                     events.append({"topics": [f"{PREFIX}{topic}"], "data": data})
                 owed -= len(events)
                 if events:
@@ -199,7 +198,7 @@ class Trial:
         behind = self.apps[: size.behind_nginx] if size.behind_nginx else self.apps
         self.nginx = Nginx(self.directory, [f"127.0.0.1:{app.port}" for app in behind])
         self.crowd = Crowd()
-        self.press = Press(self.nginx.url, size.topics, size.events, size.event_bytes)
+        self.press = Press(self.nginx.url, size.topics, size.events)
         self.before = Histogram()
 
     @property
@@ -213,7 +212,7 @@ class Trial:
             size = self.size
             common = {"topics": size.topics, "port": self.nginx.port, "prefix": PREFIX, "seconds": 120}
             if size.streams:
-                await self.crowd.ask("open", count=size.streams, at_once=64, **common)
+                await self.crowd.ask("open", count=size.streams, at_once=64, heavy=size.heavy, **common)
             if size.listeners:
                 await self.crowd.ask("listen", count=size.listeners, **common)
             self.press.start()
@@ -298,7 +297,7 @@ class Trial:
             errors=report["errors"],
             resets=report["resets"],
             reset_streams=report["reset_streams"],
-            publish_failures=self.press.failures.total(),
+            publish_failures=dict(self.press.failures),
             ends=report["ends"],
             opened=report["opened"],
             before=self.before,
