@@ -20,6 +20,19 @@ TESTS ?= tests
 WORKERS ?= 3
 # How long `make fuzz` goes on.
 SECONDS ?= 600
+# `make loadtest`: see loadtest/README.md; empty ones are the scenario's own.
+HOST ?=
+SCENARIO ?= smoke
+STREAMS ?=
+SECONDS ?=
+RATE ?=
+PROCESSES ?= 1
+THRESHOLDS ?=
+# More options, as `python -m loadtest --help` lists them.
+OPTIONS ?=
+# `make loadtest-compare`: two results, or their folders.
+A ?=
+B ?=
 # `make bench`: 1 for a fifth of the streams, in under 5 minutes.
 # `make test-faults`: 1 for each fault once, in under 3 minutes.
 QUICK ?=
@@ -97,6 +110,16 @@ test-mutations: test-packages test-venv ## Break each guarantee, see its test fa
 .PHONY: test-faults
 test-faults: test-packages test-venv ## Break real parts, audit every stream (QUICK=1, ONLY=, SEED=, SEEDS=).
 	@$(PYTHON) -m tests.faults $(FAULTS)
+
+.PHONY: loadtest
+loadtest: stack-packages test-venv ## Hold streams: HOST=, SCENARIO=smoke, STREAMS=, PROCESSES=1.
+	@$(PYTHON) -m loadtest --host "$(HOST)" --port $(PORT) --apps $(APPS) --processes $(PROCESSES) \
+	  --scenario "$(SCENARIO)" $(if $(STREAMS),--streams $(STREAMS)) $(if $(SECONDS),--seconds $(SECONDS)) \
+	  $(if $(RATE),--rate $(RATE)) $(if $(THRESHOLDS),--thresholds "$(THRESHOLDS)") $(OPTIONS)
+
+.PHONY: loadtest-compare
+loadtest-compare: test-venv ## Set two results side by side: A=, B=.
+	@$(PYTHON) -m loadtest compare "$(A)" "$(B)"
 
 .PHONY: bench
 bench: bench-packages test-venv ## Measure against the peers (QUICK=1: under 5 minutes).

@@ -1,0 +1,340 @@
+"""
+`python -m loadtest`: check that a run is possible, start what it needs, run Locust, tell the verdict.
+
+Exit code 0: all thresholds hold. 1: one does not, or the run is void. 2: the run could
+not be made. 130: it was interrupted.
+"""
+
+import argparse
+import contextlib
+import ctypes
+import functools
+import http.client
+import json
+import os
+import resource
+import signal
+import ssl
+import subprocess
+import sys
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from urllib.parse import urlsplit
+
+ROOT = Path(__file__).resolve().parent.parent
+USAGE, INTERRUPTED = 2, 130
+# What a generator process opens beside its streams.
+SPARE_DESCRIPTORS = 200
+READY_SECONDS = 5.0
+
+EPILOG = """\
+scenarios:
+{scenarios}
+Without --host the local stack is the target: the one that runs on --port, or one that is
+started for this run and ended after it. Other commands:
+  python -m loadtest compare A B    two results side by side
+  python -m loadtest cost           what a stream and an event cost the generator
+"""
+
+
+class CannotRun(Exception):
+    """The run is not possible; the text says why, and the cure."""
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command line of a run."""
+    from loadtest.options import add_options
+    from loadtest.scenario import load_scenarios
+
+    scenarios = "".join(f"  {name:<17}{scenario.about}\n" for name, scenario in load_scenarios().items())
+    made = argparse.ArgumentParser(
+        prog="python -m loadtest",
+        description="Hold many event streams open against a server, and tell a lost event from a late one.",
+        epilog=EPILOG.format(scenarios=scenarios),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.add_argument("--host", default="", help="target, https://staging.example.com (default: the local stack)")
+    made.add_argument("--port", type=int, default=8080, help="port of the local stack (default: 8080)")
+    made.add_argument("--apps", type=int, default=2, help="application processes of a stack that is started")
+    made.add_argument("--processes", type=int, default=1, help="generator processes on this machine (default: 1)")
+    made.add_argument("--web", action="store_true", help="Locust's web page on port 8089 instead of starting at once")
+    made.add_argument("--master", action="store_true", help="lead --expect-workers workers on other machines")
+    made.add_argument("--expect-workers", type=int, default=1, help="workers that the master waits for")
+    made.add_argument("--master-port", type=int, default=5557, help="port of the master (default: 5557)")
+    made.add_argument("--worker", default="", metavar="HOST", help="generate load for the master on HOST")
+    add_options(made)
+    return made
+
+
+def main(arguments: list[str]) -> int:
+    """Run one command; return the exit code."""
+    if arguments[:1] == ["compare"]:
+        return _compare(arguments[1:])
+    if arguments[:1] == ["cost"]:
+        from loadtest.cost import main as cost
+
+        return cost(arguments[1:])
+    options = parser().parse_args(arguments)
+    options.token = options.token or os.environ.get("SSE_LOADTEST_TOKEN", "")
+    options.secret = options.secret or os.environ.get("SSE_LOADTEST_SECRET", "")
+    from loadtest.scenario import ScenarioError
+
+    # A run in CI is ended by SIGTERM: what was started must end, as at Ctrl-C.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        if options.worker:
+            return _locust(options, ["--worker", "--master-host", options.worker])
+        _check_possible(options)
+        with _target(options):
+            _check_target(options)
+            return _run(options)
+    except (CannotRun, ScenarioError) as error:
+        print(error, file=sys.stderr)
+        return USAGE
+    except KeyboardInterrupt:
+        print("interrupted before the run began", file=sys.stderr)
+        return INTERRUPTED
+
+
+# --- Before the run
+
+
+def _check_possible(options: argparse.Namespace) -> None:
+    """Check what can be known before anything is started."""
+    from loadtest.options import chosen, chosen_thresholds, source_addresses
+    from loadtest.tokens import Tokens
+
+    scenario = chosen(options)
+    chosen_thresholds(options)
+    streams = options.streams or scenario.streams
+    if not 1 <= options.processes <= 256:
+        raise CannotRun(f"PROCESSES must be from 1 to 256, got {options.processes}.")
+    tokens = Tokens(options.token, options.secret, options.claims)
+    seconds = scenario.seconds + streams / scenario.connects_per_second
+    left = tokens.expires_in()
+    if left is not None and left < seconds:
+        state = "has expired" if left <= 0 else f"expires in {left:.0f} s"
+        raise CannotRun(
+            f"TOKEN must be valid for the whole run of about {seconds:.0f} s, but it {state}. "
+            f"Give a fresh one, or a secret: then every connect has a token of its own."
+        )
+    processes = options.expect_workers if options.master else options.processes
+    each = -(-streams // processes)
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if not options.master and hard != resource.RLIM_INFINITY and each + SPARE_DESCRIPTORS > hard:
+        enough = -(-streams // max(1, hard - SPARE_DESCRIPTORS))
+        raise CannotRun(
+            f"{each:,} streams in one process need as many descriptors, but its limit is {hard:,}. "
+            f"Use more processes: PROCESSES={enough}; or raise the limit: ulimit -Hn."
+        )
+    host = options.host or f"http://127.0.0.1:{options.port}"
+    sources = max(1, len(source_addresses(options, host)))
+    ports = _ports()
+    if not options.master and streams > ports * sources:
+        raise CannotRun(
+            f"{streams:,} streams from {sources} source address(es) need more ports than the {ports:,} of each "
+            f"(net.ipv4.ip_local_port_range). Add addresses: --sources=10.0.0.5,10.0.0.6; or machines."
+        )
+
+
+def _ports() -> int:
+    with contextlib.suppress(OSError, ValueError):
+        low, high = Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()
+        return int(high) - int(low) + 1
+    return 28_000
+
+
+@contextlib.contextmanager
+def _target(options: argparse.Namespace) -> Iterator[None]:
+    """Give the run a target: the one that is named, or the local stack."""
+    if options.host:
+        yield
+        return
+    options.host = f"http://127.0.0.1:{options.port}"
+    folder = ROOT / ".run" / str(options.port)
+    options.stack = options.stack or str(folder)
+    if (folder / "state.json").exists():
+        print(f"The target is the local stack on port {options.port}, which runs already.", flush=True)
+        yield
+        return
+    print(f"Starting the local stack on port {options.port} for this run.", flush=True)
+    command = [sys.executable, "-m", "app.stack"]
+    where = ["--port", str(options.port)]
+    try:
+        # Not its output: its hints are for somebody who stays.
+        up = subprocess.run(
+            [*command, "up", *where, "--apps", str(options.apps)],
+            cwd=ROOT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+            start_new_session=True,
+        )
+        if up.returncode:
+            raise CannotRun(f"The local stack could not be started:\n{up.stderr.strip()}")
+        yield
+    finally:
+        subprocess.run(
+            [*command, "down", *where], cwd=ROOT, stdout=subprocess.DEVNULL, check=False, start_new_session=True
+        )
+
+
+def _check_target(options: argparse.Namespace) -> None:
+    """Ask the target for a stream's head, so that a wrong address or token is told at once."""
+    from loadtest.tokens import Tokens
+
+    url = urlsplit(options.host)
+    if url.scheme not in ("http", "https") or not url.hostname:
+        raise CannotRun(f"HOST must be a URL, http://host:port or https://host, got {options.host!r}.")
+    context = None
+    if url.scheme == "https":
+        context = ssl.create_default_context()
+        if options.insecure:
+            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    headers = {"Accept": "application/json"} | Tokens(options.token, options.secret, options.claims).headers("lt-check")
+    path = f"{url.path.rstrip('/')}/events?topic=loadtest%2F0"
+    try:
+        if url.scheme == "https":
+            connection: http.client.HTTPConnection = http.client.HTTPSConnection(
+                url.hostname, url.port, timeout=READY_SECONDS, context=context
+            )
+        else:
+            connection = http.client.HTTPConnection(url.hostname, url.port, timeout=READY_SECONDS)
+        with contextlib.closing(connection):
+            connection.request("HEAD", path, headers=headers)
+            answer = connection.getresponse()
+            if answer.status != 200:
+                # A HEAD has no body, and the problem document says what is wrong.
+                answer.read()
+                connection.request("GET", path, headers=headers)
+                answer = connection.getresponse()
+            status, body = answer.status, answer.read(2000) if answer.status != 200 else b""
+    except ssl.SSLError as error:
+        raise CannotRun(
+            f"{options.host} must have a certificate that can be trusted: {error}. Or: --insecure."
+        ) from None
+    except (OSError, http.client.HTTPException) as error:
+        raise CannotRun(f"HOST must answer, but {options.host} does not: {error or type(error).__name__}.") from None
+    if status in (401, 403):
+        given = "The token was refused" if options.token or options.secret else "A token is needed"
+        raise CannotRun(
+            f"{given}: {options.host} answered {status}{_detail(body)}. "
+            f"Set SSE_LOADTEST_TOKEN to a valid token, or SSE_LOADTEST_SECRET to the secret of SSE_AUTH=jwt."
+        )
+    if status != 200:
+        raise CannotRun(f"{options.host} must open a stream, but answered {status}{_detail(body)}.")
+
+
+def _detail(body: bytes) -> str:
+    with contextlib.suppress(ValueError):
+        found = json.loads(body)
+        if isinstance(found, dict) and found.get("detail"):
+            return f": {found['detail']}"
+    return ""
+
+
+# --- The run
+
+
+def _run(options: argparse.Namespace) -> int:
+    from loadtest.options import results_folder
+
+    if not options.results:
+        now = datetime.now(UTC)
+        options.results = str(ROOT / results_folder(options, f"{now:%Y%m%d-%H%M%S}-{options.scenario}"))
+    folder = Path(options.results)
+    folder.mkdir(parents=True, exist_ok=True)
+    result = folder / "result.json"
+    result.unlink(missing_ok=True)
+    more = [] if options.web else ["--headless"]
+    if options.master:
+        more += [
+            "--master",
+            "--expect-workers",
+            str(options.expect_workers),
+            "--master-bind-port",
+            str(options.master_port),
+        ]
+    elif options.processes > 1:
+        more += ["--processes", str(options.processes), "--master-bind-port", str(options.master_port)]
+        more += ["--master-port", str(options.master_port)]
+    code = _locust(options, [*more, "--only-summary", "--json-file", str(folder / "locust")])
+    if options.web:
+        return code
+    if not result.exists():
+        raise CannotRun(f"Locust ended with {code} and no result.")
+    from loadtest.result import Result, verdict_line
+
+    found = Result.read(result)
+    # Once more, so that it stands last, whatever Locust wrote meanwhile.
+    print(verdict_line(found), flush=True)
+    return found.exit_code
+
+
+def _follow(parent: int) -> None:
+    """In Locust's process: end in good order if this one is killed."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGINT, 0, 0, 0)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:
+            os._exit(1)
+
+
+def _locust(options: argparse.Namespace, more: list[str]) -> int:
+    """Run Locust to its end; Ctrl-C here ends it in good order, a second one at once."""
+    from loadtest.options import as_arguments
+
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    # Locust reads the secrets from the environment: an argument would be in everybody's `ps`.
+    environment = dict(os.environ) | {"PYTHONPATH": str(ROOT), "LOCUST_SKIP_MONKEY_PATCH_WARNING": "1"}
+    environment |= {"SSE_LOADTEST_TOKEN": options.token, "SSE_LOADTEST_SECRET": options.secret}
+    command = [sys.executable, "-m", "locust", "-f", str(ROOT / "loadtest/locustfile.py"), "--loglevel", "ERROR"]
+    command += ["--host", options.host] if options.host else []
+    if options.worker and options.master_port:
+        more = [*more, "--master-port", str(options.master_port)]
+    # A session of its own: Ctrl-C is for the master alone, which asks its workers for
+    # their figures; hit by it themselves they would just end.
+    with subprocess.Popen(
+        [*command, *as_arguments(options), *more],
+        env=environment,
+        cwd=ROOT,
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,
+        preexec_fn=functools.partial(_follow, os.getpid()),  # noqa: PLW1509 (no locks in it)
+    ) as locust:
+        interrupts = 0
+        while True:
+            try:
+                return locust.wait()
+            except KeyboardInterrupt:
+                interrupts += 1
+                if interrupts == 1:
+                    print("\nEnding the run; again to end it without results.", file=sys.stderr, flush=True)
+                    locust.send_signal(signal.SIGINT)
+                else:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.killpg(locust.pid, signal.SIGKILL)
+
+
+def _compare(arguments: list[str]) -> int:
+    from loadtest.compare import compare
+    from loadtest.result import Result
+
+    compared = argparse.ArgumentParser(prog="python -m loadtest compare", description="Set two results side by side.")
+    compared.add_argument("a", type=Path, help="result.json, or the folder that holds it")
+    compared.add_argument("b", type=Path)
+    options = compared.parse_args(arguments)
+    try:
+        found = [Result.read(path / "result.json" if path.is_dir() else path) for path in (options.a, options.b)]
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return USAGE
+    print(compare(*found))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,334 @@
+"""
+One process that generates load: what its users share, and the streams it holds.
+
+It also measures itself. A generator that is late reads events late, and then its figures
+are its own: `lag` is how late a timer fires, which is the time one turn over all ready
+sockets takes.
+"""
+
+import argparse
+import errno
+import heapq
+import random
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import gevent
+
+from app.parser import ServerSentEvent
+from loadtest.measures import Measures
+from loadtest.scenario import Scenario
+from loadtest.sequence import MARK, MICROSECONDS, Published, Sequences
+from loadtest.sse_client import EventSource, Target
+from loadtest.tokens import Tokens
+
+REPORT_SECONDS = 1.0
+LAG_SECONDS = 0.02
+# Four of the kit's heartbeats: a stream that is silent for longer is dead.
+SILENT_SECONDS = 60.0
+# The server's word for the end of a stream, told in band before it.
+FAREWELLS = {
+    "stream.draining": "draining",
+    "stream.evicted": "evicted",
+    "stream.expired": "token_expired",
+    "stream.revoked": "revoked",
+}
+# What a generator itself has run out of; the server is not to blame.
+OUT_OF = {errno.EMFILE: "descriptors", errno.ENFILE: "descriptors", errno.EADDRNOTAVAIL: "ports"}
+
+
+def machine() -> str:
+    """Return a name of this machine's clock; containers of one host share it."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()[:8]
+    except OSError:
+        return f"{uuid.getnode():x}"
+
+
+class Ordinals:
+    """Give each user of a kind the lowest number that is free, so that topics stay evenly filled."""
+
+    def __init__(self) -> None:
+        self._next = 0
+        self._free: list[int] = []
+
+    def take(self) -> int:
+        """Return a number that nobody has."""
+        if self._free:
+            return heapq.heappop(self._free)
+        self._next += 1
+        return self._next - 1
+
+    def give_back(self, number: int) -> None:
+        """Let another have *number*."""
+        heapq.heappush(self._free, number)
+
+
+class Generator:
+    """
+    This process's part of a run.
+
+    Attributes:
+        workers: How many processes there are; index: which of them this is.
+        run: Names the run; events of other runs on the same topics are not judged.
+    """
+
+    def __init__(
+        self,
+        scenario: Scenario,
+        options: argparse.Namespace,
+        target: Target,
+        *,
+        streams: int,
+        run: str,
+        workers: int = 1,
+        index: int = 0,
+        tick: float = LAG_SECONDS,
+    ) -> None:
+        self.scenario = scenario
+        self.options = options
+        self.target = target
+        self.run = run
+        self.workers = workers
+        self.index = index % workers
+        self.topic_count = scenario.topics(streams)
+        self.machine = machine()
+        self.measures = Measures()
+        self.tokens = Tokens(options.token, options.secret, options.claims)
+        self.streams: set[Stream] = set()
+        self.per_user: Counter[str] = Counter()
+        self.ordinals: dict[str, Ordinals] = {}
+        self.publishing = True
+        self.closed = False
+        self.published: dict[str, tuple[str, Published]] = {}
+        self._tick = tick
+        self._greenlets: list[gevent.Greenlet] = []
+
+    def start(self, report: Callable[[], None] | None = None, every: float = REPORT_SECONDS) -> None:
+        """Begin to measure this process itself; call *report* each second."""
+        self._greenlets = [gevent.spawn(self._measure_lag), gevent.spawn(self._watch_silence)]
+        if report is not None:
+            self._greenlets.append(gevent.spawn(self._report, report, every))
+
+    def stop(self) -> None:
+        """End what `start` began."""
+        gevent.killall(self._greenlets, block=False)
+
+    def _measure_lag(self) -> None:
+        while True:
+            due = time.monotonic() + self._tick
+            gevent.sleep(self._tick)
+            self.measures.took("lag", max(0.0, time.monotonic() - due))
+
+    def _watch_silence(self) -> None:
+        while True:
+            gevent.sleep(SILENT_SECONDS / 12)
+            since = time.monotonic() - SILENT_SECONDS
+            for stream in list(self.streams):
+                if stream.is_open and stream.last_read < since:
+                    stream.cut("silent")
+
+    def _report(self, report: Callable[[], None], every: float) -> None:
+        while True:
+            gevent.sleep(every)
+            report()
+
+    # --- Who reads what
+
+    def ordinal(self, kind: str) -> int:
+        """Return a number for a user of *kind*, unique over all processes."""
+        return self.ordinals.setdefault(kind, Ordinals()).take() * self.workers + self.index
+
+    def give_back(self, kind: str, ordinal: int) -> None:
+        """Let another user have *ordinal*."""
+        self.ordinals[kind].give_back(ordinal // self.workers)
+
+    def topic(self, number: int) -> str:
+        """Return the topic of that number."""
+        if self.scenario.own_topic:
+            return "user:" + quote(self.user(number), safe="")
+        return f"loadtest/{number}"
+
+    def user(self, ordinal: int) -> str:
+        """Return the id of the user of that number."""
+        return f"lt-{self.run}-{ordinal}"
+
+    def topics_of(self, ordinal: int) -> tuple[str, ...]:
+        """Return the topics of ours that reach the stream of that number."""
+        return (self.topic(ordinal % self.topic_count), "broadcast")
+
+    def path(self, user: str, topics: tuple[str, ...]) -> str:
+        """Return the path of a stream."""
+        query = [f"topic={quote(topic, safe='')}" for topic in topics if topic != "broadcast"]
+        if not self.tokens.named:
+            query.append(f"user={quote(user, safe='')}")
+        return f"/events?{'&'.join(query)}"
+
+    # --- The end
+
+    def cut(self, share: float) -> None:
+        """Break this share of the open streams in this moment."""
+        streams = [stream for stream in self.streams if stream.is_open]
+        for stream in random.sample(streams, round(len(streams) * share)):
+            stream.cut("disconnected")
+
+    def finish(self, expected: dict[str, list[tuple[str, Published]]], seconds: float) -> None:
+        """
+        Wait until all streams have what was published, then count what never came.
+
+        *expected* holds, by topic, each key and what was acknowledged of it.
+        """
+        judged = [stream for stream in self.streams if stream.judged]
+        deadline = time.monotonic() + seconds
+        waiting = judged
+        while waiting := [stream for stream in waiting if stream.behind(expected)]:
+            if time.monotonic() > deadline:
+                break
+            gevent.sleep(0.2)
+        counts, tally = self.measures.counts, self.measures.tally
+        for stream in waiting:
+            if stream.is_open:
+                counts.lost += stream.behind(expected)
+            else:
+                # What it missed, it could still resume: neither lost nor delivered.
+                tally["unfinished"] += 1
+        self.closed = True
+
+
+class Stream(EventSource):
+    """
+    One event stream that is measured.
+
+    *judged* is False for a reader that is late on purpose: its latency and its tail say
+    nothing of the server, its gaps do.
+    """
+
+    __slots__ = ("farewell", "generator", "judged", "lost_at", "sequences", "topics", "user")
+
+    def __init__(
+        self, generator: Generator, ordinal: int, *, user: str | None = None, topics: tuple[str, ...] | None = None
+    ) -> None:
+        self.generator = generator
+        self.topics = generator.topics_of(ordinal) if topics is None else topics
+        self.user = user or generator.user(ordinal)
+        self.sequences = Sequences()
+        self.farewell = ""
+        self.lost_at: float | None = None
+        self.judged = True
+        super().__init__(generator.target, generator.path(self.user, self.topics), ordinal)
+        generator.streams.add(self)
+
+    def leave(self) -> None:
+        """The user went away: the stream counts no more."""
+        self.generator.streams.discard(self)
+        if self.is_open:
+            self.is_open = False
+            self._closed()
+        self.close()
+
+    def cut(self, why: str) -> None:
+        """Break the connection; *why* is counted as the reason."""
+        self.farewell = why
+        self.close()
+
+    def behind(self, expected: dict[str, list[tuple[str, Published]]]) -> int:
+        """Return how many of the expected events have not come."""
+        if not self.sequences.opened:
+            return 0
+        return sum(
+            self.sequences.behind(key, published) for topic in self.topics for key, published in expected.get(topic, ())
+        )
+
+    # --- What is heard
+
+    def headers(self) -> dict[str, str]:
+        return self.generator.tokens.headers(self.user)
+
+    def connecting(self) -> None:
+        tally = self.generator.measures.tally
+        tally["connects"] += 1
+        if self.lost_at is not None:
+            tally["reconnects"] += 1
+
+    def headed(self, status: int, seconds: float) -> None:
+        self.generator.measures.took("head", seconds)
+
+    def opened(self, seconds: float, data: str) -> None:
+        measures = self.generator.measures
+        measures.open += 1
+        measures.tally["opened"] += 1
+        measures.took("open", seconds)
+        per_user = self.generator.per_user
+        per_user[self.user] += 1
+        measures.most_per_user = max(measures.most_per_user, per_user[self.user])
+        if self.lost_at is not None:
+            measures.took("resume", time.monotonic() - self.lost_at)
+            self.lost_at = None
+        self.farewell = ""
+        if not self.sequences.opened:
+            self.sequences.opened = int(time.time() * MICROSECONDS)
+
+    def take(self, events: list[ServerSentEvent]) -> None:
+        generator = self.generator
+        if generator.closed:
+            return
+        now = int(time.time() * MICROSECONDS)
+        measures = generator.measures
+        for event in events:
+            data = event.data
+            if data.startswith(MARK):
+                _, key, number, sent, previous, first, machine, _ = data.split(" ", 7)
+                if not key.startswith(generator.run):
+                    continue
+                measures.tally["deliveries"] += 1
+                self.sequences.see(measures.counts, key, int(number), int(previous), int(first))
+                if self.judged:
+                    if machine == generator.machine:
+                        measures.times["delivery"].record_value(max(1, now - int(sent)))
+                    else:
+                        measures.tally["other_clock"] += 1
+            elif event.event.startswith("stream."):
+                if event.event == "stream.reset":
+                    measures.tally["resets"] += 1
+                    self.sequences.reset()
+                elif event.event in FAREWELLS:
+                    self.farewell = FAREWELLS[event.event]
+
+    def soft_failed(self) -> None:
+        self.generator.measures.tally["soft_failed"] += 1
+
+    def refused(self, status: int, body: bytes) -> None:
+        tally = self.generator.measures.tally
+        tally[f"refused:{status}"] += 1
+        tally["gave_up"] += 1
+
+    def broken(self, error: Exception) -> None:
+        tally = self.generator.measures.tally
+        number = getattr(error, "errno", None)
+        if number in OUT_OF:
+            tally["generator_errors"] += 1
+            tally[f"broken:no {OUT_OF[number]} left"] += 1
+        else:
+            tally[f"broken:{errno.errorcode.get(number, '') or type(error).__name__}"] += 1
+
+    def ended(self, clean: bool) -> None:
+        self.generator.measures.tally[f"ended:{self.farewell or ('clean' if clean else 'cut')}"] += 1
+        self.lost_at = time.monotonic()
+        self._closed()
+
+    def _closed(self) -> None:
+        self.generator.measures.open -= 1
+        self.generator.per_user[self.user] -= 1
+
+
+def as_expected(published: dict[str, Any]) -> dict[str, list[tuple[str, Published]]]:
+    """Return what all processes published, {key: [topic, number, first, last]}, by topic."""
+    expected: dict[str, list[tuple[str, Published]]] = {}
+    for key, (topic, *fields) in published.items():
+        expected.setdefault(topic, []).append((key, Published(*fields)))
+    return expected

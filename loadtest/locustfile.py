@@ -1,0 +1,51 @@
+"""
+What Locust loads: users, the load's shape, and the wiring between them.
+
+`python -m loadtest` starts Locust with it; `locust -f loadtest/locustfile.py --host …`
+works, too, with Locust's web page.
+"""
+
+import sys
+from pathlib import Path
+
+# Locust puts the file's folder on the path, not the folder above it.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from locust import LoadTestShape, events, runners
+
+from loadtest.conductor import Wiring
+from loadtest.options import add_options
+from loadtest.page import partial_page
+from loadtest.users import Churner, LimitBreaker, Publisher, SlowReader, Subscriber
+
+__all__ = ["Churner", "LimitBreaker", "Publisher", "Shape", "SlowReader", "Subscriber"]
+
+# Progress is shown every two seconds; Locust's three are too slow for it.
+runners.WORKER_REPORT_INTERVAL = 1.0
+
+_wiring: Wiring | None = None
+
+
+@events.init_command_line_parser.add_listener
+def _options(parser, **_):
+    add_options(parser, locust=True)
+
+
+@events.init.add_listener
+def _init(environment, web_ui, **_):
+    global _wiring  # noqa: PLW0603 (Locust makes the shape before there is an environment)
+    _wiring = Wiring(environment)
+    if web_ui:
+
+        @web_ui.app.route("/streams")
+        def streams():
+            assert _wiring is not None
+            return partial_page(_wiring.conductor)
+
+
+class Shape(LoadTestShape):
+    """The scenario's stages."""
+
+    def tick(self):
+        assert _wiring is not None
+        return _wiring.tick()

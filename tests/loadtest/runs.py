@@ -1,0 +1,123 @@
+"""
+Whole runs of the load test, from the command line, against a server that faults on purpose.
+"""
+
+import contextlib
+import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+from app.stack import reserve_port
+
+ROOT = Path(__file__).parents[2]
+# One topic that all streams have, so that each event is sent to each stream.
+SCENARIO = """
+[truth]
+about = "Every event to every stream."
+streams = 8
+streams_per_topic = {per}
+rate = {rate}
+connects_per_second = 50
+stages = [{{ streams = 1.0, seconds = {seconds} }}]
+{more}
+"""
+
+
+class Truth:
+    """A server that faults, in a process of its own."""
+
+    def __init__(self, faults: dict[str, Any]) -> None:
+        self.port, self._holder = reserve_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        command = [sys.executable, str(ROOT / "tests/loadtest/truth_server.py"), str(self.port), json.dumps(faults)]
+        if self._holder is not None:
+            self._holder.close()
+        self.process = subprocess.Popen(command)
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline:
+            with contextlib.suppress(OSError):
+                self.truth()
+                return
+            time.sleep(0.05)
+        raise TimeoutError("the truth server does not answer")
+
+    def truth(self) -> dict[str, int]:
+        with urllib.request.urlopen(f"{self.url}/truth", timeout=5) as answer:
+            return json.load(answer)
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+RUNNING: list["Run"] = []
+
+
+class Run:
+    """One run of the command line."""
+
+    def __init__(self, folder: Path, url: str, *more: str, per: int = 0, rate: float = 20, seconds: float = 3,
+                 scenario: str = "") -> None:  # fmt: skip
+        self.folder = folder
+        (folder / "scenarios.toml").write_text(SCENARIO.format(per=per, rate=rate, seconds=seconds, more=scenario))
+        command = [
+            sys.executable, "-m", "loadtest", "--host", url, "--scenario", "truth",
+            "--scenarios", str(folder / "scenarios.toml"), "--results", str(folder / "results"), *more,
+        ]  # fmt: skip
+        self.process = subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1,
+        )  # fmt: skip
+        RUNNING.append(self)
+        self.lines: list[str] = []
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout
+        for line in self.process.stdout:
+            self.lines.append(line.rstrip("\n"))
+
+    def until(self, text: str, seconds: float = 60) -> None:
+        """Wait for a line of progress."""
+        deadline = time.monotonic() + seconds
+        while not any(text in line for line in self.lines):
+            assert time.monotonic() < deadline, self.output
+            assert self.process.poll() is None, self.output
+            time.sleep(0.05)
+
+    def end(self, seconds: float = 90) -> int:
+        code = self.process.wait(seconds)
+        self._reader.join()
+        return code
+
+    def close(self) -> None:
+        """End the run, if its test did not."""
+        if self.process.poll() is None:
+            for _ in range(2):  # the second ends it at once
+                self.process.send_signal(signal.SIGINT)
+                time.sleep(0.5)
+            self.process.kill()
+        self._reader.join()
+
+    @property
+    def output(self) -> str:
+        return "\n".join(self.lines)
+
+    @property
+    def result(self) -> dict[str, Any]:
+        return json.loads((self.folder / "results/result.json").read_text())
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        return self.result["figures"]
+
+
+# On a machine with every core busy a generator is late; that is what this says, elsewhere.
+PATIENT = "--thresholds=lag_p99_ms<=60000,cpu_percent<=200,delivery_p99_ms<=60000"
+TOPIC = "loadtest__0"

@@ -1,0 +1,107 @@
+"""Figures of several processes become one without losing a bit."""
+
+import random
+
+from hdrh.histogram import HdrHistogram
+
+from loadtest.measures import Collected, Measures, milliseconds
+from loadtest.parts import Watch, memory
+from loadtest.result import figures
+
+
+class TestCollected:
+    def test_merged_is_as_measured_by_one(self):
+        """Three processes' histograms make the percentiles of one that measured all."""
+        picked = random.Random(7)
+        apart, alone = [Measures() for _ in range(3)], Measures()
+        for at in range(3000):
+            # One process is slow: an average of percentiles would hide it.
+            seconds = picked.uniform(0.001, 0.01) if at % 3 else picked.uniform(1, 2)
+            for measures in (apart[at % 3], alone):
+                measures.took("delivery", seconds)
+                measures.tally["deliveries"] += 1
+        collected, one = Collected(), Collected()
+        for at, measures in enumerate(apart):
+            collected.add(str(at), measures.hand_over())
+        one.add("alone", alone.hand_over())
+        collected.end()
+        one.end()
+
+        merged, whole = figures(collected, 1, 1), figures(one, 1, 1)
+
+        names = [name for name in merged if name.startswith("delivery_")]
+        assert 5 == len(names)
+        assert {name: whole[name] for name in names} == {name: merged[name] for name in names}
+        assert merged["delivery_p50_ms"] < 15 < 1000 < merged["delivery_p90_ms"]
+        assert 3000 == merged["deliveries"]
+
+    def test_handed_over_once(self):
+        """What was handed over is not handed over again."""
+        measures, collected = Measures(), Collected()
+        measures.counts.lost = 3
+        measures.tally["connects"] = 2
+        measures.took("open", 0.1)
+        collected.add("a", measures.hand_over())
+        measures.counts.lost = 1  # two came late
+        collected.add("a", measures.hand_over())
+
+        assert 1 == collected.counts.lost
+        assert 2 == collected.tally["connects"]
+        assert 1 == collected.times["open"].total_count
+
+    def test_streams_of_all_processes(self):
+        measures, collected = Measures(), Collected()
+        for worker, count in (("a", 3), ("b", 4), ("a", 1)):
+            measures.open = count
+            collected.add(worker, measures.hand_over())
+
+        assert (5, 7) == (collected.open, collected.most_open)
+
+    def test_timeline(self):
+        """One point for each second, with what all processes reported for it."""
+        collected = Collected()
+        for worker in ("a", "b"):
+            for second in range(10):
+                measures = Measures()
+                measures.took("delivery", 0.010)
+                measures.tally["connects"] = 2
+                measures.open = second
+                report = measures.hand_over() | {"at": 1000.0 + second}
+                collected.add(worker, report)
+        collected.end()
+
+        assert 20 == sum(point["deliveries"] for point in collected.timeline)
+        assert 40 == sum(point["connects"] for point in collected.timeline)
+        assert sorted({point["at"] for point in collected.timeline}) == [point["at"] for point in collected.timeline]
+
+
+class TestMilliseconds:
+    def test_nothing(self):
+        assert milliseconds(HdrHistogram(1, 3_600_000_000, 3), 50) is None
+
+    def test_maximum_is_exact(self):
+        """Three digits are for percentiles; the maximum is the value itself."""
+        measures, collected = Measures(), Collected()
+        measures.took("delivery", 1.234567)
+        collected.add("a", measures.hand_over())
+
+        assert 1234.567 == milliseconds(collected.times["delivery"], 100)
+
+
+class TestWatch:
+    def test_this_process(self, tmp_path):
+        """The parts of a stack are the processes that its folder names."""
+        import os
+
+        (tmp_path / "app-1.pid").write_text(f"{os.getpid()} boot:1")
+        watch = Watch(tmp_path)
+        deadline = sum(range(3_000_000))
+        assert deadline
+        watch.sample(True)
+
+        rows = {row["part"]: row for row in watch.end(10)}
+
+        assert {"generator", "app-1", "kernel (TCP buffers)"} == set(rows)
+        assert rows["app-1"]["cpu_percent"] > 0
+        assert 0.5 * memory(os.getpid()) < rows["app-1"]["memory_mb"] * 1e6 < 2 * memory(os.getpid())
+        assert watch.busiest().keys() == {"generator", "app-1", "machine"}
