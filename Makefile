@@ -103,6 +103,15 @@ lint: test-venv ## Check style, types and who may import what.
 fuzz: test-venv ## Feed the parsers with nonsense for SECONDS=600.
 	@FUZZ_SECONDS=$(SECONDS) $(PYTHON) -m pytest -q tests/test_fuzz.py
 
+.PHONY: nginx-check
+nginx-check: test-packages test-venv ## Test nginx's files: syntax in every form, gixy, behaviour on 1.30.
+	@echo "System: $$(PATH=$$PATH:/usr/sbin nginx -v 2>&1). Beside it: nginx $$(.make/nginx.sh version)."
+	@$(PYTHON) -m pytest -n $(WORKERS) --dist worksteal tests/test_nginx.py tests/nginx
+
+.PHONY: nginx-size
+nginx-size: venv ## Print nginx's settings for STREAMS=50000 (ARGS=--help: more).
+	@$(PYTHON) nginx/size.py $(STREAMS) $(ARGS)
+
 .PHONY: test-mutations
 test-mutations: test-packages test-venv ## Break each guarantee, see its test fail (ONLY=, LIST=1).
 	@$(PYTHON) -m tests.mutations --only "$(ONLY)" $(if $(LIST),--list)
@@ -143,6 +152,7 @@ stack-packages:
 	@.make/packages.sh stack
 test-packages:
 	@.make/packages.sh stack test
+	@.make/nginx.sh
 bench-packages:
 	@.make/packages.sh stack bench
 venv:

@@ -151,6 +151,7 @@ stack)
         have node || optional="$optional nodejs"
         have ip || optional="$optional iproute2"
         have nft || optional="$optional nftables"
+        have haproxy || optional="$optional haproxy"
         have promtool || optional="$optional prometheus" # for promtool; the server is never started
         ;;
     bench)

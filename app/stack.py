@@ -428,10 +428,11 @@ class Nginx(Part):
     nginx with the kit's own files, byte for byte, in front of the applications.
 
     Only what differs from place to place is generated: addresses, processes,
-    and who is exempt from the limits: this machine, unless `exempt` says
-    otherwise. `tls` names a folder with tls.crt and tls.key: then it speaks TLS,
-    HTTP/1.1 and HTTP/2. Tests that scale the timeout ladder down replace values
-    of directives: `directives={"proxy_read_timeout": "2s"}`.
+    and who is exempt from the limits: this machine. `tls` names a folder with
+    tls.crt and tls.key: then it speaks TLS, HTTP/1.1 and HTTP/2. Tests that
+    scale the timeout ladder down replace values of directives
+    (`directives={"proxy_read_timeout": "2s"}`), and give whole files other
+    contents (`files={"exempt.conf": ""}`: nobody is exempt).
     """
 
     # SIGKILL would leave its workers; SIGTERM ends them at once.
@@ -447,7 +448,7 @@ class Nginx(Part):
         directives: Mapping[str, str] | None = None,
         detached: bool = False,
         tls: Path | None = None,
-        exempt: Sequence[str] = ("127.0.0.0/8", "::1"),
+        files: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__("nginx", directory, port=port, detached=detached)
         self.metrics_port = self._reserve()
@@ -456,7 +457,7 @@ class Nginx(Part):
         self.servers = list(servers)
         self.directives = dict(directives or {})
         self.tls = tls
-        self.exempt = list(exempt)
+        self.files = dict(files or {})
         self.prefix = directory / "nginx"
 
     @property
@@ -497,8 +498,11 @@ class Nginx(Part):
         listen = (source / ("listen.tls.conf" if self.tls else "listen.conf")).read_text()
         (self.prefix / "listen.conf").write_text(self._listen(listen))
         (self.prefix / "listen-metrics.conf").write_text(f"listen 127.0.0.1:{self.metrics_port};\n")
-        (self.prefix / "exempt.conf").write_text("".join(f"{network} 1;\n" for network in self.exempt))
-        (self.prefix / "upstream.conf").write_text(self._upstream())
+        (self.prefix / "exempt.conf").write_text("127.0.0.0/8 1;\n::1 1;\n")
+        if "upstream.conf" not in self.files:
+            (self.prefix / "upstream.conf").write_text(self._upstream())
+        for name, text in self.files.items():
+            (self.prefix / name).write_text(text)
         if self.tls:
             (self.prefix / "tls").mkdir(exist_ok=True)
             for name in ("tls.crt", "tls.key"):
@@ -506,7 +510,7 @@ class Nginx(Part):
 
     def probe(self) -> bool:
         """Return whether it answers; the applications may not yet."""
-        return _status(f"127.0.0.1:{self.port}", "/healthz", tls=self.tls is not None) is not None
+        return _status(f"127.0.0.1:{self.metrics_port}", "/livez") == 200
 
     def _upstream(self) -> str:
         # The generator that Kubernetes and people use, too.
@@ -582,7 +586,7 @@ class Stack:
         directory: logs and data; None makes a temporary one and removes it.
         nginx_binary: another nginx than the one on PATH.
         nginx_directives: values to replace in nginx's files, by directive.
-        nginx_options: other keywords of `Nginx`: `tls`, `exempt`.
+        nginx_options: other keywords of `Nginx`: `tls`, `files`.
         detached: the processes outlive this one (`make up`).
 
     All parts are made, with their ports, before any is started, so a test may

@@ -1,0 +1,286 @@
+"""haproxy.cfg by the same promises as nginx's files, on Debian's HAProxy."""
+
+import asyncio
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from app.stack import ROOT, Part
+from tests.crowd import becomes
+from tests.live import becomes as comes
+from tests.nginx.conftest import NATIVE, certificate
+from tests.nginx.ways import WAYS, serves, way
+
+SOURCE = ROOT / "nginx/haproxy"
+
+
+class Haproxy(Part):
+    """haproxy.cfg with other `bind` and `server` lines, and what a test replaces."""
+
+    def __init__(self, folder: Path, binary: str, servers: list[str], replaced: dict[str, str]) -> None:
+        super().__init__("haproxy", folder)
+        self.tls_port = self._reserve()
+        self.binary = binary
+        text = (SOURCE / "haproxy.cfg").read_text()
+        for old, new in replaced.items():
+            assert old in text, old
+            text = text.replace(old, new)
+        text = text.replace("bind 127.0.0.1:8080", f"bind 127.0.0.1:{self.port}")
+        text = text.replace("# bind 127.0.0.1:8443", f"bind 127.0.0.1:{self.tls_port}")
+        lines = [line for line in text.splitlines() if not line.startswith("    server app-2")]
+        generated: list[str] = []
+        for line in lines:
+            if found := re.match(r"(    server )app-1 127.0.0.1:8001(.*)", line):
+                generated += [
+                    f"{found[1]}app-{number} {server}{found[2].replace('app-1', f'app-{number}')}"
+                    for number, server in enumerate(servers, 1)
+                ]
+            else:
+                generated.append(line)
+        certificate(folder)
+        (folder / "site.pem").write_bytes((folder / "tls.crt").read_bytes() + (folder / "tls.key").read_bytes())
+        shutil.copy(SOURCE / "later.http", folder)
+        (folder / "haproxy.cfg").write_text("\n".join(generated) + "\n")
+
+    def command(self) -> list[str]:
+        # In the foreground, without a master: one process to end.
+        return [self.binary, "-db", "-f", str(self.directory / "haproxy.cfg")]
+
+    def probe(self) -> bool:
+        return serves(self.port)
+
+    def port_of(self, name: str) -> int:
+        return self.port if name == "plain" else self.tls_port
+
+    def lines(self) -> list[dict[str, Any]]:
+        """Return the access log."""
+        found = (re.search(r"\{.*\}$", line) for line in self.log().splitlines())
+        return [json.loads(each[0]) for each in found if each]
+
+
+@pytest.fixture
+def haproxy(require) -> Iterator[Callable[..., Any]]:
+    """Start HAProxy in front of servers, and wait until its checks have found them."""
+    binary = require("haproxy")
+    started: list[Haproxy] = []
+    folder = Path(tempfile.mkdtemp(prefix="sse-haproxy-"))
+
+    async def start(servers: list[str], **replaced: str) -> Haproxy:
+        own = folder / str(len(started))
+        own.mkdir()
+        started.append(Haproxy(own, binary, servers, replaced.get("replaced") or {}))
+        started[-1].start()
+        await asyncio.to_thread(started[-1].wait_ready)
+        return started[-1]
+
+    yield start
+    for each in started:
+        each.close()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+async def front(haproxy, toys, count: int = 1, **replaced: str) -> tuple[Haproxy, list]:
+    found = await toys(count)
+    return await haproxy([toy.server for toy in found], replaced=replaced), found
+
+
+class TestStreams:
+    async def test_head_then_each_event(self, haproxy, toys, way_name):
+        """The head comes before any event, and each event before the next one is made."""
+        proxy, (toy,) = await front(haproxy, toys)
+        async with way(way_name, proxy.port_of(way_name)) as client:
+            for headers in (NATIVE, {}):
+                stream = await client.ask("/events?topic=a", headers)
+                assert 200 == stream.status
+                for number in range(5):
+                    toy.say(b"data: %d\n\n" % number)
+                    await stream.until(lambda s, n=number: s.data and s.data[-1] == str(n))
+
+    async def test_silence_and_a_frozen_application(self, haproxy, site):
+        """Heartbeats outlive the read timeout; a frozen process is noticed within it (scaled)."""
+        app = site.app("", heartbeat_seconds=0.2)
+        # The checks are not what this is about: they would take the frozen process away.
+        scaled = {"timeout server 75s": "timeout server 1s", "timeout client 30s": "timeout client 1s"}
+        proxy = await haproxy([f"127.0.0.1:{app.port}"], replaced=scaled)
+        clients = [way(name, proxy.port_of(name)) for name in WAYS]
+        async with clients[0] as plain, clients[1] as tls, clients[2] as h2:
+            streams = [await client.ask("/events?topic=quiet", NATIVE) for client in (plain, tls, h2)]
+            for stream in streams:
+                await stream.until(lambda s: bytes(s.body).count(b"\n:") >= 12)
+            assert ["", "", ""] == [stream.ended for stream in streams]
+            os.kill(app.pid, signal.SIGSTOP)
+            try:
+                for stream in streams:
+                    await stream.until(lambda s: s.ended)
+            finally:
+                os.kill(app.pid, signal.SIGCONT)
+
+        # Over HTTP/2, HAProxy 2.6 ends the stream as if it were complete; an EventSource
+        # comes back either way.
+        assert ["cut", "cut"] == [stream.ended for stream in streams[:2]]
+
+    async def test_headers_towards_the_application(self, haproxy, toys):
+        """The application learns who asked, and nothing that it could be fooled with."""
+        proxy, (toy,) = await front(haproxy, toys)
+        lies = {"X-Forwarded-For": "6.6.6.6", "X-Sse-Soft-Fail": "mine", "X-Forwarded-Proto": "gopher"}
+        async with way("tls", proxy.tls_port) as client:
+            await client.ask("/events?topic=a", lies)
+        head = next(head for head in toy.heads if "/events" in head).lower()
+
+        assert "x-forwarded-for: 127.0.0.1\r\n" in head
+        assert "x-forwarded-proto: https\r\n" in head
+        assert "x-sse-soft-fail" not in head
+
+
+class TestStickiness:
+    async def test_only_its_users_move(self, haproxy, toys):
+        """The same user meets the same process; without one, only its users move, and come back with it."""
+        proxy, four = await front(haproxy, toys, 4)
+        for number, toy in enumerate(four):
+            toy.answer, toy.status_body = 200, str(number).encode()
+        async with way("plain", proxy.port) as client:
+
+            async def places() -> list[str]:
+                answers = [await client.ask(f"/events?user={user}") for user in range(120)]
+                return [(await answer.whole()).decode() for answer in answers]
+
+            async def until_gone(gone: bool) -> list[str]:
+                async def done() -> list[str]:
+                    return [] if ("2" in (found := await places())) == gone else found
+
+                return await comes(done, "the check notices")
+
+            before = await places()
+            assert before == await places()
+            four[2].draining = True
+            without = await until_gone(True)
+            four[2].draining = False
+            back = await until_gone(False)
+            async with asyncio.timeout(20):
+                while back != before:
+                    back = await places()
+
+        assert {"0", "1", "2", "3"} == set(before)
+        assert all(was == now for was, now in zip(before, without, strict=True) if was != "2")
+
+
+class TestSoftFail:
+    @pytest.mark.parametrize("status", [429, 502, 503, 504])
+    async def test_native_and_api(self, haproxy, toys, way_name, status):
+        """An EventSource is told to come back; an API client gets the application's own words."""
+        proxy, (toy,) = await front(haproxy, toys)
+        async with way(way_name, proxy.port_of(way_name)) as client:
+            toy.answer = status
+            native = await client.ask("/events", NATIVE)
+            body = (await native.whole()).decode()
+            api = await client.ask("/events", NATIVE | {"Authorization": "Bearer t"})
+
+            assert (200, str(status)) == (native.status, native.headers["x-sse-fallback"])
+            assert re.fullmatch(rf"retry: \d{{3,4}}\n: {status}, come back later\n\n", body)
+            assert (status, "7") == (api.status, api.headers["retry-after"])
+            assert toy.status_body == await api.whole()
+
+    async def test_no_process_at_all(self, haproxy, toys, way_name):
+        """A dead application is no reason to give up for ever, neither before nor after it was noticed."""
+        listener = socket.create_server(("127.0.0.1", 0))
+        dead = f"127.0.0.1:{listener.getsockname()[1]}"
+        listener.close()
+        proxy = await haproxy([dead])
+        async with way(way_name, proxy.port_of(way_name)) as client:
+            for _ in range(20):
+                answer = await client.ask("/events", NATIVE)
+                assert (200, "503") == (answer.status, answer.headers["x-sse-fallback"])
+                assert b"retry: " in await answer.whole()
+                await asyncio.sleep(0.05)
+            api = await client.ask("/events")
+
+        assert 503 == api.status
+
+    async def test_another_process(self, haproxy, toys):
+        """One that drains or hangs up is passed over; 429 is not taken elsewhere, a POST not repeated."""
+        proxy, two = await front(haproxy, toys, 2)
+        two[0].answer = 503
+        async with way("plain", proxy.port) as client:
+            statuses = [(await client.ask(f"/events?user={user}", NATIVE)).headers.get("x-sse-fallback") for user in range(12)]
+            for toy in two:
+                toy.answer = 429
+                toy.heads.clear()
+            await client.ask("/events?user=1")
+            asked = [head for toy in two for head in toy.heads if "/events" in head]
+
+        assert {None} == set(statuses)
+        assert 1 == len(asked)
+
+
+class TestLimits:
+    async def test_of_a_user_and_an_address(self, haproxy, toys, way_name):
+        """Streams are counted per user and per address; one that ends makes room."""
+        replaced = {"sc_conn_cur(0) gt 20": "sc_conn_cur(0) gt 3", "sc_conn_cur(1) gt 400": "sc_conn_cur(1) gt 5"}
+        proxy, _ = await front(haproxy, toys, **replaced)
+        async with way(way_name, proxy.port_of(way_name)) as client:
+            one = [await client.ask("/events?user=a") for _ in range(4)]
+            many = [await client.ask(f"/events?user=b{number}") for number in range(3)]
+            native = await client.ask("/events?user=a", NATIVE)
+            other = await client.ask("/events?user=c", source="127.0.0.9")
+            problem = json.loads(await one[3].whole())
+
+            assert [200, 200, 200, 429] == [answer.status for answer in one]
+            assert [200, 200, 429] == [answer.status for answer in many]
+            assert (200, "429") == (native.status, native.headers["x-sse-fallback"])
+            assert 200 == other.status
+            assert ("urn:sse-kit:nginx-limit", "5") == (problem["type"], one[3].headers["retry-after"])
+
+            for answer in one[:3]:
+                answer.close()
+
+            async def room() -> bool:
+                return (await client.ask("/events?user=a")).status == 200
+
+            await comes(room, "room for a stream")
+
+    async def test_a_body_that_is_too_large(self, haproxy, toys):
+        """413 is the proxy's own, as a problem document."""
+        proxy, _ = await front(haproxy, toys)
+        async with way("plain", proxy.port) as client:
+            size = {"Content-Length": "2097153"}
+            answer = await client.ask("/publish", size, method="POST", body=b"x")
+
+        assert 413 == answer.status
+
+
+class TestLog:
+    async def test_no_query_string(self, haproxy, toys):
+        """Tickets stay out of the log, and every line is JSON."""
+        proxy, (toy,) = await front(haproxy, toys)
+        async with way("plain", proxy.port) as client:
+            for answer in ("stream", 503, "hang up"):
+                toy.answer = answer
+                for headers in (NATIVE, {"Authorization": "Bearer s3cr3t"}):
+                    await client.ask("/events?ticket=alice.s3cr3t", headers)
+        await becomes(lambda: len(proxy.lines()) >= 6, "six lines")
+
+        assert {"/events"} == {line["path"] for line in proxy.lines()}
+        assert "503" in {line["fallback"] for line in proxy.lines()}
+        assert "s3cr3t" not in proxy.log()
+
+
+class TestReload:
+    async def test_streams_outlive_it(self, haproxy, toys):
+        """The old process keeps its streams to their end when a new one takes its place."""
+        proxy, (toy,) = await front(haproxy, toys)
+        async with way("plain", proxy.port) as client:
+            stream = await client.ask("/events", NATIVE)
+            proxy.kill(signal.SIGUSR1)  # what a reload sends to the old process
+            await becomes(lambda: not serves(proxy.port), "the port closed")
+            toy.say(b"data: still here\n\n")
+            await stream.until(lambda s: s.data == ["still here"])
+            assert not stream.ended

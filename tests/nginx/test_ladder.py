@@ -1,0 +1,214 @@
+"""
+Timeouts that must agree, read where they stand: settings, nginx's files, HAProxy's, Kubernetes'.
+
+Each rule is one line of `RULES`; each is seen broken once.
+"""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from app.settings import Settings, load, variable
+from app.stack import ROOT
+
+NGINX = ROOT / "nginx"
+
+
+def seconds(text: str) -> float:
+    """Return a duration of nginx or HAProxy in seconds."""
+    number, unit = re.fullmatch(r"([0-9.]+)(ms|s|m|h|d|)", text).groups()
+    return float(number) * {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400, "": 1}[unit]
+
+
+def nginx(name: str) -> list[str]:
+    """Return the values of the directive *name* in all of nginx's files; there is one at least."""
+    pattern = rf"(?m)^\s*{name}\s+([^;]+);"
+    found = [
+        value for path in sorted(NGINX.glob("**/*.conf")) for value in re.findall(pattern, path.read_text())
+    ]
+    assert found, f"{name} stands in none of nginx's files"
+    return found
+
+
+def haproxy(name: str) -> list[str]:
+    """Return the values of a line of haproxy.cfg."""
+    found = re.findall(rf"(?m)^\s*{name}\s+(\S+)", (NGINX / "haproxy/haproxy.cfg").read_text())
+    assert found, f"{name} stands not in haproxy.cfg"
+    return found
+
+
+def keep_alive() -> float:
+    """Return for how long the application keeps an idle connection."""
+    text = (ROOT / "app/server.py").read_text()
+    return float(re.search(r"keep_alive_timeout\s*=\s*([0-9.]+)", text)[1])
+
+
+def values() -> dict[str, list[float]]:
+    """Return every step of the ladder; several values where it stands in several files."""
+    settings = [Settings(), *cluster_settings()]
+
+    def of(name: str) -> list[float]:
+        return [float(getattr(each, name)) for each in settings]
+
+    sizes = {"k": 1024, "m": 1024**2, "": 1}
+    bodies = [re.fullmatch(r"(\d+)([km]?)", text).groups() for text in nginx("client_max_body_size")]
+    found = {
+        "heartbeat": of("heartbeat_seconds"),
+        "max_age": of("max_age_seconds"),
+        "slow_consumer": of("slow_consumer_seconds"),
+        "drain": [
+            sum(each)
+            for each in zip(of("drain_seconds"), of("drain_lead_seconds"), of("run_finish_seconds"), strict=True)
+        ],
+        "max_body": of("max_body_bytes"),
+        "read_timeout": [*map(seconds, nginx("proxy_read_timeout")), *map(seconds, haproxy("timeout server"))],
+        "connect_timeout": [*map(seconds, nginx("proxy_connect_timeout")), *map(seconds, haproxy("timeout connect"))],
+        "send_timeout": [*map(seconds, nginx("send_timeout")), *map(seconds, haproxy("timeout client"))],
+        "try_for": [*map(seconds, nginx("proxy_next_upstream_timeout"))],
+        "shutdown": [*map(seconds, nginx("worker_shutdown_timeout")), *map(seconds, haproxy("hard-stop-after"))],
+        "upstream_idle": [*map(seconds, nginx(r"keepalive_timeout"))],
+        "app_idle": [keep_alive()],
+        "body_size": [int(number) * sizes[unit] for number, unit in bodies],
+    }
+    return found | cluster()
+
+
+def documents() -> list[dict[str, Any]]:
+    found = []
+    for path in sorted((ROOT / "k8s").glob("**/*.yaml")):
+        found += [each for each in yaml.safe_load_all(path.read_text()) if isinstance(each, dict)]
+    return found
+
+
+def cluster_settings() -> list[Settings]:
+    """Return the settings of each environment file of k8s/, without what is not the ladder's."""
+    found = []
+    for path in sorted((ROOT / "k8s").glob("**/*.env")):
+        lines = [line.split("=", 1) for line in path.read_text().splitlines() if line.startswith("SSE_")]
+        wanted = {variable(name) for name in Settings.__dataclass_fields__ if name.endswith(("_seconds", "_bytes"))}
+        found.append(load({name: value for name, value in lines if name in wanted}))
+    return found
+
+
+def cluster() -> dict[str, list[float]]:
+    """Return the graces of the pods that k8s/ describes, and what preStop takes of them."""
+    found: dict[str, list[float]] = {"app_grace": [], "app_stop": [], "nginx_grace": [], "nginx_stop": []}
+    for document in documents():
+        if document.get("kind") != "Deployment":
+            continue
+        pod = document.get("spec", {}).get("template", {}).get("spec", {})
+        if "terminationGracePeriodSeconds" not in pod:
+            continue
+        name = document["metadata"]["name"]
+        which = "nginx" if "nginx" in name else "app" if name.endswith("app") else None
+        if which:
+            stops = [
+                float(container["lifecycle"]["preStop"]["sleep"]["seconds"])
+                for container in pod["containers"]
+                if "preStop" in container.get("lifecycle", {})
+            ]
+            found[f"{which}_grace"].append(float(pod["terminationGracePeriodSeconds"]))
+            found[f"{which}_stop"].append(max(stops, default=0.0))
+    return found
+
+
+Ladder = dict[str, list[float]]
+
+
+def every(rule: Callable[..., bool], *names: str) -> Callable[[Ladder], bool]:
+    """Hold *rule* against every combination of the values of *names*."""
+    import itertools
+
+    return lambda ladder: all(rule(*each) for each in itertools.product(*(ladder[name] for name in names)))
+
+
+# What must hold, and a change that breaks it.
+RULES: dict[str, tuple[Callable[[Ladder], bool], dict[str, float]]] = {
+    "a read timeout is 4 to 5 heartbeats": (
+        every(lambda beat, read: 4 * beat <= read <= 5 * beat, "heartbeat", "read_timeout"),
+        {"read_timeout": 3600},
+    ),
+    "one lost heartbeat ends no stream": (
+        every(lambda beat, read: 2 * beat < read, "heartbeat", "read_timeout"),
+        {"heartbeat": 60},
+    ),
+    "a stream ends by itself before a reload cuts it": (
+        every(lambda age, shutdown: age + 30 <= shutdown, "max_age", "shutdown"),
+        {"max_age": 540},
+    ),
+    "the application ends a slow consumer before the proxy does": (
+        every(lambda slow, send: 2 * slow <= send, "slow_consumer", "send_timeout"),
+        {"send_timeout": 5},
+    ),
+    "a vanished process costs seconds, and leaves time for another": (
+        every(lambda connect, tries: 2 * connect < tries, "connect_timeout", "try_for"),
+        {"connect_timeout": 60},
+    ),
+    "the proxy closes an idle connection before the application does": (
+        every(lambda idle, app: idle + 10 <= app, "upstream_idle", "app_idle"),
+        {"upstream_idle": 75},
+    ),
+    "the proxy refuses exactly the bodies that the application would": (
+        every(lambda body, proxy: body == proxy, "max_body", "body_size"),
+        {"body_size": 4_194_304},
+    ),
+    "an nginx pod outlives its streams": (
+        every(lambda shutdown, stop, grace: stop + shutdown < grace, "shutdown", "nginx_stop", "nginx_grace"),
+        {"nginx_grace": 540},
+    ),
+    "the cluster's autoscaler waits for an nginx pod": (
+        every(lambda grace: grace < 600, "nginx_grace"),
+        {"nginx_grace": 900},
+    ),
+    "an application pod outlives its drain": (
+        every(lambda drain, stop, grace: stop + drain + 10 <= grace, "drain", "app_stop", "app_grace"),
+        {"app_grace": 50},
+    ),
+}
+
+
+class TestLadder:
+    @pytest.mark.parametrize("rule", RULES)
+    def test_holds(self, rule):
+        """As all files are shipped."""
+        ladder = values()
+
+        assert RULES[rule][0](ladder), {name: sorted(set(found)) for name, found in ladder.items()}
+
+    @pytest.mark.parametrize("rule", RULES)
+    def test_is_seen_broken(self, rule):
+        """One other value in one file breaks the rule."""
+        holds, change = RULES[rule]
+        ((name, value),) = change.items()
+        ladder = values()
+
+        assert not holds(ladder | {name: [*ladder[name], value]})
+
+    def test_every_step_was_found(self):
+        """A step that is read nowhere would hold against everything."""
+        found = values()
+
+        assert [] == [name for name, steps in found.items() if not steps]
+
+    def test_readme(self):
+        """The README's list names the steps with the values that the files have."""
+        section = (ROOT / "README.md").read_text().split("### Timeouts that must agree", 1)[1].split("\n## ", 1)[0]
+        said = {(name, value) for name, value in re.findall(r"`([A-Za-z_-]+)`(?:'s| of [a-z ]+)? \((\d+)(?: s| MiB)?\)", section)}
+
+        for name, value in said:
+            if name.startswith("SSE_"):
+                assert float(value) == getattr(Settings(), name.removeprefix("SSE_").lower()), name
+            elif name in ("proxy_read_timeout", "worker_shutdown_timeout", "send_timeout"):
+                assert {float(value)} == {seconds(found) for found in nginx(name)}, name
+        assert {"SSE_HEARTBEAT_SECONDS", "SSE_MAX_AGE_SECONDS", "proxy_read_timeout", "worker_shutdown_timeout"} <= {
+            name for name, _ in said
+        }
+
+
+def test_paths():
+    """The files that are read are those of the tree."""
+    assert Path(NGINX / "nginx.conf").exists()

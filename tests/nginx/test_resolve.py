@@ -1,0 +1,180 @@
+"""
+upstream.conf in its `resolve` form: a name is followed without a reload.
+
+Processes stand on addresses of their own with one port, as pods do; loopback
+has 127.0.0.0/8 for that. The name server is the test's own.
+"""
+
+import subprocess
+
+import pytest
+
+from app.stack import ROOT
+from tests import live
+from tests.crowd import becomes
+from tests.nginx.conftest import NATIVE, workers
+from tests.nginx.names import NXDOMAIN, SERVFAIL, NameServer
+from tests.nginx.ways import Way, way
+
+NAME = "app-headless.kit.svc.cluster.local"
+
+
+def printed(*arguments: str, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    command = ["sh", str(ROOT / "nginx/upstream.sh"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+
+
+def following(server: NameServer, port: int) -> dict[str, str]:
+    """Return upstream.conf as generated, but looking every second."""
+    text = printed("resolve", f"{NAME}:{port}", f"127.0.0.1:{server.port}").stdout
+    assert "valid=5s" in text
+    return {"upstream.conf": text.replace("valid=5s", "valid=1s").replace("resolver_timeout 2s", "resolver_timeout 1s")}
+
+
+async def addresses(toys, base: int) -> list:
+    """Start four toys on four addresses and one port."""
+    first, *_ = await toys(addresses=(f"127.{base}.0.1",))
+    rest = await toys(addresses=tuple(f"127.{base}.0.{number}" for number in (2, 3, 4)), port=first.port)
+    for toy in (all_four := [first, *rest]):
+        toy.status_body = toy.address.encode()
+    return all_four
+
+
+async def reached(client: Way) -> tuple[set[str], set[int]]:
+    """Return who answers 24 users' requests now, and the statuses."""
+    found, statuses = set(), set()
+    for user in range(24):
+        answer = await client.ask(f"/publish?user={user}", method="POST", body=b"{}")
+        body = (await answer.whole()).decode()
+        statuses.add(answer.status)
+        found.add(body if answer.status == 200 else "")
+    return found, statuses
+
+
+async def becomes_reached(client: Way, wanted: set[str]) -> None:
+    async def are_reached() -> bool:
+        return (await reached(client))[0] == wanted
+
+    await live.becomes(are_reached, f"{wanted} and no other")
+
+
+class TestFollowing:
+    async def test_a_changing_set(self, nginx, toys, way_name):
+        """New streams go to the new addresses, old ones live on, and no worker is replaced."""
+        four = await addresses(toys, 61 + ["plain", "tls", "h2"].index(way_name))
+        names = await NameServer.start(four[0].address, four[1].address)
+        front = nginx([], way=way_name, files=following(names, four[0].port))
+        before = workers(front)
+        async with way(way_name, front.port) as client:
+            await becomes_reached(client, {four[0].address, four[1].address})
+            streams = [await client.ask(f"/events?user={user}", NATIVE) for user in range(12)]
+            assert 12 == four[0].open + four[1].open
+            assert {200} == {stream.status for stream in streams}
+
+            names.addresses = [four[2].address, four[3].address]
+            await becomes_reached(client, {four[2].address, four[3].address})
+            new = [await client.ask(f"/events?user={user}", NATIVE) for user in range(12)]
+
+            assert 12 == four[2].open + four[3].open
+            for toy in four:
+                toy.say(b"data: x\n\n")
+            for stream in (*streams, *new):
+                await stream.until(lambda s: s.data == ["x"])
+                assert not stream.ended
+        assert before == workers(front)
+        assert {NAME} == set(names.asked)
+        names.close()
+
+    @pytest.mark.parametrize("trouble", ["servfail", "dead"])
+    async def test_no_answer_changes_nothing(self, nginx, toys, trouble):
+        """SERVFAIL and a dead name server leave the known addresses in place, as README.md says."""
+        four = await addresses(toys, 64 + ["servfail", "dead"].index(trouble))
+        names = await NameServer.start(four[0].address)
+        front = nginx([], files=following(names, four[0].port))
+        async with way("plain", front.port) as client:
+            await becomes_reached(client, {four[0].address})
+            names.code, names.silent = (SERVFAIL, False) if trouble == "servfail" else (0, True)
+            count = len(names.asked)
+            await becomes(lambda: len(names.asked) >= count + 3, "questions in vain")
+
+            assert ({four[0].address}, {200}) == await reached(client)
+
+            names.code, names.silent = 0, False
+            names.addresses = [four[1].address]
+            await becomes_reached(client, {four[1].address})
+        names.close()
+
+    async def test_no_such_name(self, nginx, toys):
+        """
+        NXDOMAIN takes all addresses away: 502, a native EventSource is told to come back; open
+        streams go on, and all is well within seconds after the name returns.
+        """
+        four = await addresses(toys, 66)
+        names = await NameServer.start(four[0].address)
+        front = nginx([], files=following(names, four[0].port))
+        async with way("plain", front.port) as client:
+            await becomes_reached(client, {four[0].address})
+            stream = await client.ask("/events?user=1", NATIVE)
+
+            names.code = NXDOMAIN
+            await becomes_reached(client, {""})
+            _, statuses = await reached(client)
+            native = await client.ask("/events", NATIVE)
+            four[0].say(b"data: x\n\n")
+
+            assert {502} == statuses
+            assert (200, "502") == (native.status, native.headers["x-sse-fallback"])
+            await stream.until(lambda s: s.data == ["x"])
+
+            names.code = 0
+            await becomes_reached(client, {four[0].address})
+        names.close()
+
+    async def test_a_start_without_the_name(self, nginx, toys):
+        """nginx starts while nobody knows the name, and reaches the processes once somebody does."""
+        four = await addresses(toys, 67)
+        names = await NameServer.start()
+        names.code = NXDOMAIN
+        front = nginx([], files=following(names, four[0].port))
+        async with way("plain", front.port) as client:
+            assert (await reached(client))[1] == {502}
+            names.code, names.addresses = 0, [four[0].address]
+            await becomes_reached(client, {four[0].address})
+        names.close()
+
+
+class TestGenerator:
+    def test_static(self):
+        """One line per process, none of which is ever marked failed."""
+        run = printed("static", "10.0.0.5:8000", "[2001:db8::5]:8000", "app-1.example:8000")
+
+        assert 3 == run.stdout.count("max_fails=0;")
+        assert "server [2001:db8::5]:8000 max_fails=0;" in run.stdout.splitlines()
+
+    def test_a_pods_resolv_conf(self, tmp_path):
+        """In Kubernetes a Service's bare name is completed, because nginx knows no search domains."""
+        conf = tmp_path / "resolv.conf"
+        conf.write_text("search kit.svc.cluster.local svc.cluster.local\nnameserver fd00::a\nnameserver 10.96.0.10\n")
+
+        run = printed("resolve", "app-headless:8000", environment={"RESOLV_CONF": str(conf), "PATH": "/usr/bin:/bin"})
+
+        assert f"server {NAME}:8000 resolve max_fails=0;" in run.stdout
+        assert "resolver [fd00::a] valid=5s" in run.stdout
+
+    @pytest.mark.parametrize(
+        ("arguments", "says"),
+        [
+            ((), "The form must be static or resolve"),
+            (("static",), "at least one process"),
+            (("static", "no-port"), "HOST:PORT must be a host and a port, got 'no-port'"),
+            (("static", "a:1; evil on"), "HOST:PORT must be"),
+            (("resolve", "a.b:80", "1.1.1.1", "more"), "got 3 arguments"),
+        ],
+    )
+    def test_bad_input(self, arguments, says):
+        """A wrong argument is one line, and nothing on standard output that could become a file."""
+        run = printed(*arguments)
+
+        assert (2, "") == (run.returncode, run.stdout)
+        assert says in run.stderr
+        assert 1 == run.stderr.count("\n")

@@ -1,0 +1,57 @@
+"""`make nginx-size`: what it prints is enough, and fits together."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+from app.stack import ROOT
+
+
+def printed(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "nginx/size.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def number(name: str, text: str) -> int:
+    return int(re.search(rf"{name}[ =]+(\d+)", text)[1])
+
+
+class TestSize:
+    @pytest.mark.parametrize("streams", [1, 1_000, 16_384, 50_000, 1_000_000])
+    @pytest.mark.parametrize("nofile", [2_048, 20_000, 65_536])
+    def test_holds_the_streams(self, streams, nofile):
+        """Two connections per stream fit, with a quarter to spare, and no worker asks for more than it may have."""
+        run = printed(str(streams), "--nofile", str(nofile))
+        workers = number("worker_processes", run.stdout)
+        connections = number("worker_connections", run.stdout)
+        files = number("worker_rlimit_nofile", run.stdout)
+
+        assert workers * connections >= 2.5 * streams
+        assert connections < files <= nofile
+
+    def test_ports(self):
+        """Few ports mean more processes, not failed connections."""
+        def processes(ports: str) -> int:
+            return int(re.search(r"(\d+) processes at least", printed("100000", "--ports", ports).stdout)[1])
+
+        assert processes("5000") >= 25 > processes("64511")
+
+    def test_memory_by_way(self):
+        """TLS costs more than plain, and twice the streams about twice the memory."""
+
+        def memory(*arguments: str) -> int:
+            return int(re.search(r"(\d+) MiB of memory", printed(*arguments).stdout)[1])
+
+        assert memory("50000", "--way", "plain") < memory("50000", "--way", "h2") < memory("50000", "--way", "tls")
+        assert 1.8 < memory("100000") / memory("50000") < 2.2
+
+    @pytest.mark.parametrize("arguments", [("0",), ("many",), (), ("10", "--nofile", "7"), ("10", "--way", "udp")])
+    def test_bad_input(self, arguments):
+        """A wrong number is one line and exit status 2."""
+        run = printed(*arguments)
+
+        assert 2 == run.returncode
+        assert "" == run.stdout
+        assert "Traceback" not in run.stderr
