@@ -328,10 +328,10 @@ def publish(port: int, *drafts: Mapping[str, Any]) -> list[str]:
     return json.loads(answer)["ids"]
 
 
-def post(port: int, body: Any) -> tuple[int, bytes]:
+def post(port: int, body: Any, headers: Mapping[str, str] | None = None) -> tuple[int, bytes]:
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE_SECONDS)
     with contextlib.closing(connection):
-        connection.request("POST", "/publish", json.dumps(body), {"Content-Type": "application/json"})
+        connection.request("POST", "/publish", json.dumps(body), {"Content-Type": "application/json", **(headers or {})})
         answer = connection.getresponse()
         return answer.status, answer.read()
 
