@@ -26,6 +26,7 @@ from app.event import (
     Entry,
     EventError,
     check_name,
+    check_open_topic,
     check_subscription,
     check_topic,
     covers,
@@ -107,14 +108,14 @@ def ids(text: str) -> None:
 @given(TEXT | NEAR_TOPIC | JSON)
 def topics(text: Any) -> None:
     """What is a topic survives the log, a URL and a line; what is none is refused by EventError alone."""
-    for check in (check_topic, check_subscription, check_name):
+    for check in (check_topic, check_open_topic, check_subscription, check_name):
         try:
             check(text)
         except EventError as error:
             assert "\n" not in str(error)
             continue
         assert isinstance(text, str)
-        if check is check_topic:
+        if check is check_open_topic:
             assert text.isascii()
             assert 1 <= len(text) <= TOPIC_MAX_CHARACTERS
             assert not set(text) & set(" *\r\n\0\"'<>,;?#&+")
