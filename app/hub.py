@@ -406,7 +406,7 @@ class Hub:
             # it is told, and goes on: only a client that takes nothing is slow.
             stream.pending += self.reset_block("history_lost")
             stream.cursor = self.window.end
-        data, cursor, events, last = self.window.pull(stream.topics, stream.cursor, PIECE_BYTES, stream.allowed)
+        data, cursor, events, last = self.window.pull(stream.topics, stream.cursor, PIECE_BYTES)
         caught_up = cursor == self.window.end
         if stream.pending:
             data = stream.pending + data

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from math import inf
 from typing import Protocol
 
-from app.event import Entry, Piece
+from app.event import Piece
 
 LIVE = "live"
 BEHIND = "behind"
@@ -92,7 +92,6 @@ class Stream(_Hot):
 
     __slots__ = (
         "__weakref__",
-        "allowed",
         "beat_at",
         "blocked_at",
         "deadline",
@@ -130,7 +129,6 @@ class Stream(_Hot):
         request_id: str = "",
         expires_at: float = inf,
         ticket: str | None = None,
-        allowed: Callable[[Entry], bool] | None = None,
         on_end: Callable[["Stream"], None] | None = None,
         of_run: bool = False,
     ) -> None:
@@ -142,7 +140,6 @@ class Stream(_Hot):
         self.request_id = request_id
         self.expires_at = expires_at  # when its rights end, by the hub's clock
         self.ticket = ticket  # the hash of the ticket that it was opened with
-        self.allowed = allowed
         self.on_end = on_end
         self.of_run = of_run  # ends with its one topic, a run
         self.sink: Sink = None  # type: ignore[assignment]

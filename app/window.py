@@ -11,7 +11,7 @@ trim boundary, the entry before the first.
 """
 
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from app.event import RUN_ENDS, Entry, matches
@@ -140,29 +140,22 @@ class Window:
             return self.first + at - self._start + 1
         return LOST
 
-    def pull(
-        self,
-        topics: tuple[str, ...],
-        cursor: int,
-        max_bytes: int,
-        allowed: Callable[[Entry], bool] | None = None,
-    ) -> tuple[bytes, int, int, int]:
+    def pull(self, topics: tuple[str, ...], cursor: int, max_bytes: int) -> tuple[bytes, int, int, int]:
         """
         Return a bounded piece of what *topics* are owed from *cursor* on.
 
         The piece holds at least one event if one is owed, even where that is
         larger than *max_bytes*. Streams that ask for the same get the same
-        bytes object. *allowed* refuses entries by rights and is not shared.
+        bytes object.
 
         Returns:
             The joined blocks, the next cursor, the number of events, and the
             cursor behind the last of them.
         """
         key = (topics, cursor, max_bytes)
-        if allowed is None:
-            known = self._memo.get(key)
-            if known is not None:
-                return known
+        known = self._memo.get(key)
+        if known is not None:
+            return known
         ordinals, behind = self._owed(topics, cursor)
         blocks: list[bytes] = []
         size = 0
@@ -170,8 +163,6 @@ class Window:
         base = self._start - self.first
         for ordinal in ordinals:
             entry = self._entries[base + ordinal]
-            if allowed is not None and not allowed(entry):
-                continue
             blocks.append(entry.block)
             last = ordinal + 1
             size += len(blocks[-1])
@@ -179,10 +170,9 @@ class Window:
                 behind = last
                 break
         piece = (b"".join(blocks), behind, len(blocks), last)
-        if allowed is None:
-            if len(self._memo) >= 256:
-                self._memo = {}
-            self._memo[key] = piece
+        if len(self._memo) >= 256:
+            self._memo = {}
+        self._memo[key] = piece
         return piece
 
     def count(self, topics: tuple[str, ...], cursor: int) -> int:

@@ -864,7 +864,7 @@ class Client:
             else:
                 _ASKED.set(Asked(headers={"Last-Event-ID": asked} if asked else {}))
             try:
-                place = await routes_module._place(process.kit)
+                place = await routes_module.place_of(process.kit)
             except Problem as problem:
                 if problem.status != 503:
                     raise

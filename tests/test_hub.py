@@ -709,16 +709,6 @@ class TestPump:
         assert ["4", "5"] == sink.data
         assert "stream.reset" not in sink.names
 
-    def test_rights(self, bench):
-        """
-        Rights are asked again on replay.
-        """
-        bench.publish(("a",), ("a",))
-        _, sink = bench.open("a", at=bench.window.first, allowed=lambda entry: entry.id == "e:2-0")
-        bench.pump()
-
-        assert ["2"] == sink.data
-
 
 class TestReset:
     def test_everybody_is_told(self, bench):

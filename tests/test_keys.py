@@ -1,14 +1,19 @@
 """Keys that change, keys that are away, and keys that are none."""
 
 import asyncio
+import contextlib
 import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
 from app.keys import FileKeys, Key, KeysError, UrlKeys, load_keys, read_jwks, read_secret
 from app.settings import JWKS_ALGORITHMS, SettingError, Settings
-from tests.signing import SECRET, jwk, jwks, private_key
+from tests.inside import Inside
+from tests.live import ask
+from tests.signing import SECRET, bearer, jwk, jwks, private_key, sign_by
 
 
 class Clock:
@@ -281,3 +286,69 @@ class TestUrl:
         assert isinstance(keys, UrlKeys)
         assert {"ES256", "EdDSA"} == keys.algorithms
         assert private_key("ES256")
+
+
+class Jwks(BaseHTTPRequestHandler):
+    """Answers as its path says."""
+
+    def do_GET(self):
+        status, body = {
+            "/keys": (200, jwks()),
+            "/away": (503, jwks()),
+            "/moved": (302, ""),
+            "/endless": (200, "[" * 3_000_000),
+            "/html": (200, "<html>"),
+        }[self.path]
+        self.send_response(status)
+        if status == 302:
+            self.send_header("Location", "/keys")
+        self.end_headers()
+        with contextlib.suppress(OSError):
+            self.wfile.write(body.encode())
+
+    def log_message(self, *_):
+        pass
+
+
+class TestHttp:
+    """The URL itself, over HTTP."""
+
+    @pytest.fixture(scope="class")
+    def address(self):
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Jwks)
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+    @pytest.mark.parametrize(
+        ("path", "known"), [("/keys", True), ("/away", False), ("/moved", False), ("/endless", False), ("/html", False)]
+    )
+    async def test_answers(self, address, path, known):
+        """Keys come with 200 from the very address, whole and not endless; nothing else ends the task."""
+        keys = load_keys(Settings(auth="jwt", jwks_url=address + path))
+        task = asyncio.create_task(keys.run())
+        await keys.ask_again()
+
+        assert known == keys.known
+        assert not task.done()
+        task.cancel()
+
+    async def test_nobody_listens(self):
+        """A port where nobody listens is one that is away."""
+        keys = load_keys(Settings(auth="jwt", jwks_url="http://127.0.0.1:9/keys"))
+        task = asyncio.create_task(keys.run())
+        await keys.ask_again()
+
+        assert (False, False) == (keys.known, task.done())
+        task.cancel()
+
+    async def test_whole_way(self, address):
+        """A process whose keys are behind the URL lets in, and refuses, as with a file."""
+        with Inside(auth="jwt", jwks_url=f"{address}/keys") as server:
+            for name, status in (("one", 200), ("two", 401)):
+                text = sign_by("ES256", name, subscribe=["t"])
+                answer = await ask(server.port, "HEAD", "/events?topic=t", headers=bearer(text))
+                assert status == answer.status

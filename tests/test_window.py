@@ -364,27 +364,6 @@ class TestPull:
         assert window.end == window.pull(("a/*",), window.first, 1 << 20)[1]
         assert ["b", "c"] == calls
 
-    def test_rights(self):
-        """
-        What the stream's rights refuse is left out, and the cursor moves past it.
-        """
-        window = filled(("a",), ("a",), ("a",))
-
-        data, cursor, events, last = window.pull(("a",), window.first, 1000, lambda e: e.id == "e:2-0")
-
-        assert entry(2).block == data
-        assert (window.end, 1, window.first + 2) == (cursor, events, last)
-
-    def test_rights_are_not_shared(self):
-        """
-        What one stream may not read, another gets; and the other way round.
-        """
-        window = filled(("a",))
-
-        assert entry(1).block == window.pull(("a",), window.first, 1000)[0]
-        assert b"" == window.pull(("a",), window.first, 1000, lambda e: False)[0]
-        assert entry(1).block == window.pull(("a",), window.first, 1000)[0]
-
     def test_storm(self):
         """
         Streams that ask for the same get the same bytes object.
