@@ -108,6 +108,10 @@ nginx-check: test-packages test-venv ## Test nginx's files: syntax in every form
 	@echo "System: $$(PATH=$$PATH:/usr/sbin nginx -v 2>&1). Beside it: nginx $$(.make/nginx.sh version)."
 	@$(PYTHON) -m pytest -n $(WORKERS) --dist worksteal tests/test_nginx.py tests/nginx
 
+.PHONY: nginx-fresh
+nginx-fresh: test-venv ## Ask whether nginx's floor and gixy's table are the newest.
+	@.make/fresh.sh
+
 .PHONY: nginx-size
 nginx-size: venv ## Print nginx's settings for STREAMS=50000 (ARGS=--help: more).
 	@$(PYTHON) nginx/size.py $(STREAMS) $(ARGS)

@@ -2,6 +2,7 @@
 # Fetch nginx 1.30 beside the system's own, into .cache/nginx: for tests alone.
 #
 #   .make/nginx.sh          fetch it, unless it is there
+#   .make/nginx.sh again    fetch it, in place of what is there
 #   .make/nginx.sh version  print which one is there
 #
 # Debian's stable release has an older one, its unstable suite the current one.
@@ -29,9 +30,9 @@ if [ "${1:-}" = version ]; then
 fi
 # Two at the same time: the second waits, and finds all done.
 if [ "${SSE_KIT_NGINX_LOCKED:-}" != yes ] && command -v flock >/dev/null 2>&1; then
-    SSE_KIT_NGINX_LOCKED=yes exec flock .make/nginx.sh sh .make/nginx.sh
+    SSE_KIT_NGINX_LOCKED=yes exec flock .make/nginx.sh sh .make/nginx.sh "$@"
 fi
-if [ -x "$folder/nginx" ] && at_least "$(version)" "$floor"; then exit 0; fi
+if [ "${1:-}" != again ] && [ -x "$folder/nginx" ] && at_least "$(version)" "$floor"; then exit 0; fi
 
 cannot() { say "nginx $floor cannot be fetched here: $*. Tests that need it are skipped."; exit 0; }
 command -v apt-get >/dev/null 2>&1 && command -v dpkg-deb >/dev/null 2>&1 || cannot "this is no Debian"

@@ -42,6 +42,9 @@ class TestReadme:
         used = set()
         for path in (ROOT / "app").glob("*.py"):
             used |= set(re.findall(r'(?:Problem|cls)\(\s*(\d{3}),\s*"([a-z-]+)"', path.read_text()))
+        # And nginx's own, which never reach the application.
+        nginx = (ROOT / "nginx/snippets/sse-problem.http.conf").read_text()
+        used |= set(re.findall(r"(?m)^    (\d{3})\s+urn:sse-kit:([a-z-]+);", nginx))
         shown = {(status, slug) for slug, status in re.findall(r"`urn:sse-kit:([a-z-]+)` \| (\d{3})", README)}
 
         assert used == shown

@@ -186,6 +186,11 @@ class Toy:
         for writer in self._streams:
             writer.write(chunk(data))
 
+    def cut(self) -> None:
+        """End all streams without a proper end, as a process that is killed."""
+        for writer in self._streams:
+            writer.close()
+
     @property
     def open(self) -> int:
         """Streams that are open now."""

@@ -72,6 +72,8 @@ def values() -> dict[str, list[float]]:
         "shutdown": [*map(seconds, nginx("worker_shutdown_timeout")), *map(seconds, haproxy("hard-stop-after"))],
         "upstream_idle": [*map(seconds, nginx(r"keepalive_timeout"))],
         "app_idle": [keep_alive()],
+        "user_limit": [float(each.limit_streams_per_user) for each in settings],
+        "nginx_limit": [*map(float, nginx("limit_conn sse_streams_of_user"))],
         "body_size": [int(number) * sizes[unit] for number, unit in bodies],
     }
     return found | cluster()
@@ -155,6 +157,10 @@ RULES: dict[str, tuple[Callable[[Ladder], bool], dict[str, float]]] = {
     "the proxy refuses exactly the bodies that the application would": (
         every(lambda body, proxy: body == proxy, "max_body", "body_size"),
         {"body_size": 4_194_304},
+    ),
+    "the application makes room for a new stream before nginx refuses it": (
+        every(lambda user, proxy: user < proxy, "user_limit", "nginx_limit"),
+        {"user_limit": 20},
     ),
     "an nginx pod outlives its streams": (
         every(lambda shutdown, stop, grace: stop + shutdown < grace, "shutdown", "nginx_stop", "nginx_grace"),
