@@ -93,6 +93,10 @@ feed: venv ## Publish the stack's own access log, live, into the topic `logs`.
 test: test-packages test-venv ## Run all tests (TESTS=tests/test_stack.py: one file).
 	@$(PYTHON) -m pytest -n $(WORKERS) --dist worksteal $(TESTS)
 
+.PHONY: test-limits
+test-limits: test-packages test-venv ## Run what guards the limits alone: the race, killed and frozen processes, tabs.
+	@$(PYTHON) -m pytest tests/test_limits.py tests/test_leases.py tests/test_buckets.py tests/browser/test_limited_tabs.py
+
 .PHONY: lint
 lint: test-venv ## Check style, types and who may import what.
 	@$(PYTHON) -m ruff check
