@@ -29,7 +29,7 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 Asgi = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-_RUN_EVENTS = re.compile(r"runs/[^/]+/events")
+_OTHER_STREAMS = re.compile(r"runs/[^/]+/events|operator/events")
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 _random = Random()
 # While a process drains, nginx lets go of its idle connections one by one. At
@@ -72,7 +72,7 @@ class Edge:
             # Its answer is a stream, too; it has a body, so the route decides.
             await self._open(scope, receive, send, [*shared, *_CLOSE] if self._kit.draining else shared)
             return
-        if scope["method"] == "GET" and (path.lstrip("/") == "events" or _RUN_EVENTS.fullmatch(path.lstrip("/"))):
+        if scope["method"] == "GET" and (path.lstrip("/") == "events" or _OTHER_STREAMS.fullmatch(path.lstrip("/"))):
             problem = await self._kit.admitted()
             if handoff.gone(send):
                 return  # it did not wait for its turn

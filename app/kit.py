@@ -16,6 +16,7 @@ from app.buckets import Buckets
 from app.chat import Chat
 from app.control import Control
 from app.cors import Cors
+from app.figures import Figures
 from app.hub import Hub, Pace
 from app.keys import Keys, UrlKeys, load_keys
 from app.leases import Leases
@@ -119,6 +120,9 @@ class Kit:
             keep_seconds=pace.retention,
             max_event_bytes=settings.max_event_bytes,
         )
+        self.figures = Figures(self.process, self.metrics, self.hub, self.log)
+        self.heed["watch"] = self.figures.heed_watch
+        self.heed["figures"] = self.figures.heed_figures
         self.heed["cancel"] = lambda fields: self.runs.cancel(fields.get("run", ""))
         self.chat = Chat(
             settings.llm_base_url, settings.llm_model, settings.llm_api_key(), settings.llm_silence_seconds
@@ -131,6 +135,7 @@ class Kit:
     def start(self) -> None:
         """Start following the log; call it in the event loop that serves."""
         works = [("reader", self.reader.run()), ("pulse", self.pulse.run()), ("runs", self.runs.look())]
+        works.append(("figures", self.figures.run()))
         if isinstance(self.keys, UrlKeys):
             works.append(("keys", self.keys.run()))
         if self.settings.redis_url:

@@ -141,6 +141,15 @@ def _paths(settings: Settings) -> Schema:
                 [_path("id", "As `stream.open` names it, behind `run:`.", _RUN_ID), *_user(settings)],
             )
         },
+        "/operator/events": {
+            "get": _operation(
+                "watch",
+                "Watch the figures of all processes, as `/metrics` has them, once a second; for administrators.",
+                {200: stream},
+                (400, 401, 403, 429, 503),
+                _user(settings),
+            )
+        },
         "/publish": {
             "post": _operation(
                 "publish",

@@ -60,6 +60,24 @@ def routes(kit: Kit) -> Blueprint:
         place = await place_of(kit)
         return await open_stream(kit, caller, topics, place)
 
+    @pages.get("/operator/events")
+    async def figures() -> Response:
+        caller = await caller_of(kit)
+        if not caller.admin:
+            raise Problem(
+                403, "forbidden", "caller", "must be an administrator", caller.user, "The token needs `admin`."
+            )
+        for name in request.args:
+            if name not in ("last_event_id", "ticket", "user"):
+                raise Problem(
+                    400, "invalid", "query parameter", "must be ticket or user", name, "There are no topics here."
+                )
+        if request.method == "HEAD":
+            return stream_head(Response(b""))
+        may_connect(caller, kit)
+        # From now on, wherever a client stood: figures are of the moment.
+        return await open_stream(kit, caller, (), Place(), of_figures=True)
+
     @pages.post("/publish")
     async def publish() -> tuple[dict[str, Any], int]:
         caller = await caller_of(kit)
@@ -156,7 +174,7 @@ def routes(kit: Kit) -> Blueprint:
         if (
             settings.soft_fail
             and problem.status in (429, 503)
-            and request.endpoint in ("sse.events", "runs.events")
+            and request.endpoint in ("sse.events", "sse.figures", "runs.events")
             and wants_soft_fail(headers, problem)
         ):
             return soft_fail(kit, problem)  # type: ignore[no-any-return]
@@ -229,7 +247,13 @@ def routes(kit: Kit) -> Blueprint:
 
 
 async def open_stream(
-    kit: Kit, caller: Caller, topics: tuple[str, ...], place: Place, *, of_run: bool = False
+    kit: Kit,
+    caller: Caller,
+    topics: tuple[str, ...],
+    place: Place,
+    *,
+    of_run: bool = False,
+    of_figures: bool = False,
 ) -> Response:
     """Return the answer that is a stream of *topics* from *place*, which *caller* may read."""
     extensions: dict[str, Any] = request.scope["extensions"]
@@ -253,6 +277,8 @@ async def open_stream(
     # Last, so that nothing can go wrong between getting a place and giving it back.
     if caller.user is not None:
         await _take_place(kit, stream, before)
+    if of_figures:
+        kit.figures.watch(stream)
     opening = Opening(kit, stream, place, request.scope)
     extensions["sse.opening"] = opening
     response = stream_head(Response(opening.body()))

@@ -1,13 +1,14 @@
 /*
- * The demonstration page: one native EventSource, shown as it happens.
+ * The demonstration page: one stream for all tabs, shown as it happens.
  *
  * Everything that came from outside is inserted as text, never as markup.
  * https://html.spec.whatwg.org/multipage/server-sent-events.html
  */
 
+import { byId, clock, element, integers, readProblem, showProblem, wholeSeconds, words } from "./parts.js";
+import { connect } from "./sse-client.js";
+
 const DEFAULT_TOPICS = ["demo", "logs"];
-// The name that `make up` and the README publish first.
-const DEFAULT_NAMES = ["greeting"];
 const DEFAULT_ROWS = 200;
 const MAX_ROWS = 5000;
 
@@ -20,11 +21,6 @@ const UNFOLDED_CHARACTERS = 20000;
 // hundreds of times a second.
 const FLUSH_MILLISECONDS = 50;
 
-// Between attempts of this page's own reconnect, which starts where the
-// browser's ends for ever: at any answer that is not a stream.
-const FIRST_BACKOFF_MILLISECONDS = 1000;
-const LAST_BACKOFF_MILLISECONDS = 30000;
-
 // The kit's own events, and what each tells a person. `stream.position` only
 // moves the position, and `stream.open` is handled on its own.
 const NOTICES = {
@@ -34,32 +30,13 @@ const NOTICES = {
   "stream.expiring": "The token expires soon.",
   "stream.expired": "The token expired.",
 };
-const KIT_EVENTS = [
-  "message", "run.token", "run.progress", "run.done", "run.failed",
-  "stream.open", "stream.position", ...Object.keys(NOTICES),
-];
-
 const STATES = {
   connecting: "Connecting",
   open: "Open",
   reconnecting: "Reconnecting",
+  paused: "Paused",
   closed: "Closed",
 };
-
-const byId = (id) => document.getElementById(id);
-const words = (text) => [...new Set(text.split(/\s+/).filter(Boolean))];
-const integers = new Intl.NumberFormat("en");
-const wholeSeconds = new Intl.DateTimeFormat("en-GB", { timeStyle: "medium" });
-const clock = new Intl.DateTimeFormat("en-GB", {
-  hour: "2-digit", minute: "2-digit", second: "2-digit", fractionalSecondDigits: 3,
-});
-
-function element(tag, className, text) {
-  const made = document.createElement(tag);
-  if (className) made.className = className;
-  if (text !== undefined) made.textContent = text;
-  return made;
-}
 
 // What the page shows, kept in its address: a reload and a shared link show
 // the same.
@@ -69,10 +46,8 @@ const view = readView();
 function readView() {
   const query = new URLSearchParams(location.search);
   const topics = query.getAll("topic").flatMap(words);
-  const names = query.getAll("name").flatMap(words);
   return {
     topics: topics.length ? topics : DEFAULT_TOPICS,
-    names: names.length ? names : [...DEFAULT_NAMES],
     user: query.get("user") ?? "",
     filter: query.get("filter") ?? "",
     rows: rowsKept(query.get("rows")),
@@ -87,7 +62,6 @@ function rowsKept(text) {
 function writeView() {
   const query = new URLSearchParams();
   for (const topic of view.topics) query.append("topic", topic);
-  for (const name of view.names) query.append("name", name);
   if (view.user) query.set("user", view.user);
   if (view.filter) query.set("filter", view.filter);
   if (view.rows !== DEFAULT_ROWS) query.set("rows", view.rows);
@@ -96,115 +70,65 @@ function writeView() {
 
 // The stream.
 
-let source = null;
-let position = ""; // the last event id seen, as the browser keeps it
-let backoff = FIRST_BACKOFF_MILLISECONDS;
-let retryTimer = 0;
+let stream = null;
+let position = ""; // the last event id seen
 let everOpen = false;
-const listening = new Set();
 
-function streamUrl(resume) {
-  const query = new URLSearchParams();
-  for (const topic of view.topics) query.append("topic", topic);
-  if (view.user) query.set("user", view.user);
-  if (resume) query.set("last_event_id", resume);
-  return `events?${query}`;
-}
-
-function connect() {
-  disconnect();
+function connectStream() {
+  stream?.close();
   everOpen = false;
-  setState("connecting");
   showProblem(byId("stream-problem"), null);
-  // A position is of the log, not of a subscription, so a stream with other
-  // topics continues where this one stood. On later reconnects the browser
-  // sends Last-Event-ID, which the server prefers.
-  source = new EventSource(streamUrl(position));
-  source.addEventListener("error", onError);
-  listening.clear();
-  listen([...KIT_EVENTS, ...view.names]);
+  const url = new URL("events", location.href);
+  if (view.user) url.searchParams.set("user", view.user);
+  stream = connect(url, {
+    topics: view.topics,
+    // By fetch, so that events of every name are heard.
+    mode: "fetch",
+    share: true,
+    // A position is of the log, not of a subscription, so a stream with other
+    // topics continues where this one stood.
+    lastEventId: position,
+    onstate: (state, { opened }) => {
+      setState(state === "connecting" && everOpen ? "reconnecting" : state);
+      if (state === "open") showOpened(opened);
+    },
+    onerror: ({ problem }) => showProblem(byId("stream-problem"), problem),
+    on: { "*": onEvent },
+  });
 }
 
-function disconnect() {
-  clearTimeout(retryTimer);
-  source?.close();
-  source = null;
+function showOpened(opened) {
+  byId("process").textContent = String(opened?.process ?? "–");
+  byId("stream").textContent = String(opened?.stream ?? "–");
 }
 
-function listen(names) {
-  for (const name of names) {
-    if (listening.has(name)) continue;
-    listening.add(name);
-    source?.addEventListener(name, onEvent);
-  }
-}
-
-function onEvent(event) {
-  // The browser's own `open` and `error` look like events of these names.
-  if (!(event instanceof MessageEvent)) return;
-  if (event.lastEventId && event.lastEventId !== position) {
-    position = event.lastEventId;
+function onEvent(data, event) {
+  if (event.id && event.id !== position) {
+    position = event.id;
     byId("position").textContent = position;
   }
-  if (event.type === "stream.position") return;
-  if (event.type === "stream.open") return onOpen(event);
-  if (event.type in NOTICES) {
-    const told = parseObject(event.data)?.reason;
-    return add(notice(event.type, NOTICES[event.type], told ?? event.data));
+  if (event.event === "stream.position") return;
+  if (event.event === "stream.open") return onOpen(data);
+  if (event.event in NOTICES) {
+    add(notice(event.event, NOTICES[event.event], data?.reason ?? event.text));
+    return;
   }
+  if (event.event === "notification") notified(data);
   received += 1;
   add(row(event));
 }
 
-function onOpen(event) {
-  const opened = parseObject(event.data) ?? {};
-  const process = String(opened.process ?? "–");
-  byId("process").textContent = process;
-  byId("stream").textContent = String(opened.stream ?? "–");
-  // Only this event makes the stream open: an answer 200 may also be the
-  // server's way to say "come back later".
-  backoff = FIRST_BACKOFF_MILLISECONDS;
-  setState("open");
-  add(notice("stream.open", `${everOpen ? "Opened again" : "Opened"} by process ${process}.`));
+function onOpen(opened) {
+  showOpened(opened);
+  add(notice("stream.open", `${everOpen ? "Opened again" : "Opened"} by process ${opened.process}.`));
   everOpen = true;
 }
 
-function onError(event) {
-  if (event instanceof MessageEvent) return; // published under that name
-  if (source.readyState === EventSource.CONNECTING) {
-    setState("reconnecting");
-    return;
-  }
-  // Closed for ever by the browser, which hides the reason from EventSource.
-  // Ask for it by an ordinary request.
-  disconnect();
-  setState("reconnecting");
-  explain();
-}
-
-async function explain() {
-  const headers = { Accept: "application/problem+json" };
-  try {
-    // HEAD first: it takes none of the user's streams if all is well again.
-    const head = await fetch(streamUrl(""), { method: "HEAD", headers });
-    if (!head.ok) {
-      const answer = await fetch(streamUrl(""), { headers });
-      if (answer.ok) {
-        await answer.body?.cancel();
-      } else {
-        showProblem(byId("stream-problem"), await readProblem(answer));
-        // The client's own mistake stays one; everything else may pass.
-        if (answer.status < 500 && answer.status !== 429) {
-          setState("closed");
-          return;
-        }
-      }
-    }
-  } catch {
-    // No answer at all: try again, as for an answer of 500 and above.
-  }
-  retryTimer = setTimeout(connect, backoff * (0.5 + Math.random() / 2));
-  backoff = Math.min(backoff * 2, LAST_BACKOFF_MILLISECONDS);
+function notified(data) {
+  const text = typeof data === "string" ? data : data?.text ?? JSON.stringify(data);
+  const list = byId("notifications");
+  list.prepend(element("li", "", text));
+  while (list.children.length > 10) list.lastElementChild.remove();
 }
 
 function setState(state) {
@@ -224,10 +148,10 @@ let flushTimer = 0;
 
 function row(event) {
   const item = element("li", "event");
-  item.dataset.event = event.type;
-  item.dataset.id = event.lastEventId;
-  item.title = event.lastEventId;
-  item.append(time(), element("span", "name", event.type), body(event.data));
+  item.dataset.event = event.event;
+  item.dataset.id = event.id;
+  item.title = event.id;
+  item.append(time(), element("span", "name", event.event), body(event.text));
   return item;
 }
 
@@ -344,44 +268,6 @@ function showCount() {
   byId("waiting").hidden = received > 0;
 }
 
-// Problems (RFC 9457): what was wrong, which value, and what to do.
-
-async function readProblem(answer) {
-  const title = `${answer.status} ${answer.statusText}`.trim();
-  const type = answer.headers.get("content-type") ?? "";
-  if (!type.includes("json")) return { title };
-  try {
-    return { title, ...(await answer.json()) };
-  } catch {
-    return { title };
-  }
-}
-
-function showProblem(place, problem) {
-  place.replaceChildren();
-  place.hidden = !problem;
-  if (!problem) return;
-  const status = problem.status ? `${problem.status} ` : "";
-  const title = String(problem.title ?? "The request failed");
-  place.append(element("strong", "", title.startsWith(status) ? title : status + title));
-  const { name, rule, value, cure, detail } = problem;
-  if (name !== undefined && rule !== undefined) {
-    const said = element("p");
-    said.append(element("code", "", String(name)), ` ${rule}`);
-    if (value !== undefined) said.append(", got ", element("code", "", shortened(value)));
-    said.append(".");
-    place.append(said);
-  } else if (detail) {
-    place.append(element("p", "", String(detail)));
-  }
-  if (cure) place.append(element("p", "", String(cure)));
-}
-
-function shortened(value) {
-  const said = typeof value === "string" ? value : JSON.stringify(value);
-  return said.length > 200 ? `${said.slice(0, 200)}…` : said;
-}
-
 // Publishing.
 
 async function publish() {
@@ -391,8 +277,6 @@ async function publish() {
   const said = { topics: [topic], data: byId("publish-data").value };
   if (name) said.event = name;
 
-  // Listen before the request: the event may arrive before the answer.
-  if (name) listen([name]);
   byId("published").textContent = "";
   showProblem(byId("publish-problem"), null);
   for (const field of ["topic", "event", "data"]) {
@@ -426,11 +310,6 @@ async function publish() {
   if (!view.topics.includes(topic)) {
     told.push("This page does not follow that topic: add it to Topics to see the event.");
   }
-  if (name && !KIT_EVENTS.includes(name) && !view.names.includes(name)) {
-    view.names.push(name);
-    byId("names").value = view.names.join(" ");
-    writeView();
-  }
   byId("published").textContent = told.join(" ");
 }
 
@@ -438,7 +317,7 @@ async function publish() {
 
 function showView() {
   byId("topics").value = view.topics.join(" ");
-  byId("names").value = view.names.join(" ");
+  byId("user").value = view.user;
   byId("filter").value = view.filter;
   byId("rows").value = view.rows;
   showCommands();
@@ -463,10 +342,32 @@ byId("subscription").addEventListener("submit", (event) => {
   event.preventDefault();
   const topics = words(byId("topics").value);
   view.topics = topics.length ? topics : DEFAULT_TOPICS;
-  view.names = words(byId("names").value);
+  view.user = byId("user").value.trim();
   writeView();
   showView();
-  connect();
+  connectStream();
+});
+
+byId("notify").addEventListener("submit", async (event) => {
+  event.preventDefault();
+  const user = byId("notify-user").value;
+  byId("notified").textContent = "";
+  showProblem(byId("notify-problem"), null);
+  try {
+    const answer = await fetch("publish", {
+      method: "POST",
+      headers: { "Content-Type": "application/json" },
+      body: JSON.stringify({
+        topics: [`user:${encodeURIComponent(user)}`],
+        event: "notification",
+        data: { text: byId("notify-text").value },
+      }),
+    });
+    if (!answer.ok) return showProblem(byId("notify-problem"), await readProblem(answer));
+    byId("notified").textContent = `${user} is notified.`;
+  } catch (error) {
+    showProblem(byId("notify-problem"), { title: "No answer from the server", detail: String(error.message) });
+  }
 });
 
 byId("publish").addEventListener("submit", (event) => {
@@ -514,13 +415,6 @@ byId("announce").addEventListener("change", () => {
   feed.setAttribute("aria-live", byId("announce").checked ? "polite" : "off");
 });
 
-// A page in the back-forward cache holds no stream; a page that comes back
-// from it continues where it stood.
-addEventListener("pagehide", disconnect);
-addEventListener("pageshow", (event) => {
-  if (event.persisted) connect();
-});
-
 byId("publish-topic").value = view.topics[0];
 showView();
-connect();
+connectStream();

@@ -5,17 +5,23 @@ Elements are found by their labels and roles, as a screen reader finds them.
 """
 
 import contextlib
+import hashlib
 import json
 import re
 import socket
 import subprocess
 import sys
+import threading
+import time
 import urllib.error
 import urllib.request
 from pathlib import Path
 
 import pytest
+import redis
 from playwright.sync_api import expect
+
+from app.stack import Stack
 
 ROOT = Path(__file__).parents[2]
 
@@ -24,7 +30,7 @@ expect.set_options(timeout=15_000)
 
 
 def row(page, text):
-    return page.get_by_role("log").locator("li.event").filter(has_text=text)
+    return page.get_by_role("log", name="Feed").locator("li.event").filter(has_text=text)
 
 
 class TestFeed:
@@ -39,7 +45,7 @@ class TestFeed:
 
         expect(row(page, "<img src=x onerror=alert(1)> 😀")).to_have_count(1)
         expect(page.locator("#position")).to_have_text(id)
-        expect(page.get_by_role("log").locator("img")).to_have_count(0)
+        expect(page.get_by_role("log", name="Feed").locator("img")).to_have_count(0)
 
     def test_defaults(self, site, publish, page):
         """
@@ -59,13 +65,9 @@ class TestFeed:
 
     def test_named_event(self, site, publish, page, topic):
         """
-        A name given in the form is listened to, and kept in the address.
+        Events of every name are heard, without saying so before.
         """
         page.goto(f"{site.url}/?topic={topic}")
-        page.get_by_label("Also listen to names").fill("order.created")
-        page.get_by_role("button", name="Connect").click()
-        expect(page).to_have_url(re.compile("name=order.created"))
-        page.reload()
         expect(page.get_by_role("status").first).to_have_text("Open")
 
         publish(site.url, {"topics": [topic], "event": "order.created", "data": "an order"})
@@ -77,7 +79,7 @@ class TestFeed:
         """
         An event published as `error` or `open` is an event, not a failure.
         """
-        page.goto(f"{site.url}/?topic={topic}&name={name}")
+        page.goto(f"{site.url}/?topic={topic}")
         expect(page.get_by_role("status").first).to_have_text("Open")
 
         publish(
@@ -88,7 +90,7 @@ class TestFeed:
 
         expect(row(page, "the next event")).to_have_count(1)
         expect(row(page, "only a name")).to_have_count(1)
-        expect(page.get_by_role("log").locator("li.notice")).to_have_count(1)  # opened, once
+        expect(page.get_by_role("log", name="Feed").locator("li.notice")).to_have_count(1)  # opened, once
 
     @pytest.mark.parametrize(("path", "seconds"), [("path", "seconds"), ("uri", "request_time")])
     def test_access_log_line(self, site, publish, page, topic, path, seconds):
@@ -141,7 +143,7 @@ class TestFeed:
                     break
 
             expect(row(page, "404 GET /no-such-page").first).to_contain_text('"status": 404')
-            assert "secret" not in page.get_by_role("log").inner_text()
+            assert "secret" not in page.get_by_role("log", name="Feed").inner_text()
         finally:
             tail.terminate()
             feed.terminate()
@@ -182,7 +184,7 @@ class TestFeed:
         app_of(page.locator("#process").inner_text()).kill()
         publish(site.url, {"topics": [topic], "data": "number 1"})
 
-        expect(page.get_by_role("log")).to_contain_text("Opened again")
+        expect(page.get_by_role("log", name="Feed")).to_contain_text("Opened again")
         publish(site.url, {"topics": [topic], "data": "number 2"})
         expect(row(page, "number")).to_have_text([re.compile(f"number {n}$") for n in (2, 1, 0)])
 
@@ -198,7 +200,7 @@ class TestFeed:
             redis.sendall(b"FLUSHALL\r\n")
             assert b"+OK\r\n" == redis.recv(64)
 
-        expect(page.get_by_role("log")).to_contain_text("History was lost")
+        expect(page.get_by_role("log", name="Feed")).to_contain_text("History was lost")
 
 
 class TestPublishForm:
@@ -327,7 +329,7 @@ class TestLayout:
         Text stands out from its ground, in both colour schemes.
         """
         page.emulate_media(color_scheme=colors)
-        page.goto(f"{site.url}/?topic={topic}&name=order.created")
+        page.goto(f"{site.url}/?topic={topic}")
         expect(page.get_by_role("status").first).to_have_text("Open")
         lines = [{"status": status, "method": "GET", "path": "/"} for status in (200, 304, 404, 502)]
         publish(
@@ -358,8 +360,10 @@ class TestLayout:
             reached.append(id)
 
         assert [
-            "topics", "names", "Connect", "pause", "clear", "filter", "rows", "announce", "feed",
+            "topics", "user", "Connect", "pause", "clear", "filter", "rows", "announce", "feed",
             "publish-topic", "publish-event", "publish-data", "Publish",
+            "notify-user", "notify-text", "Notify",
+            "conversation", "prompt", "Ask", "path", "Start", "watch", "figures-scroll",
         ] == reached  # fmt: skip
 
 
@@ -374,3 +378,206 @@ class TestSecurity:
         assert {"default-src 'none'", "script-src 'self'", "style-src 'self'"} <= {
             rule.strip() for rule in policy.split(";")
         }
+
+
+@pytest.fixture(scope="module")
+def whole(require, tmp_path_factory):
+    """A stack with files for tasks and nothing else to do; its processes may be killed."""
+    require("redis-server", "valkey-server")
+    require("nginx")
+    root = tmp_path_factory.mktemp("root")
+    (root / "large.bin").write_bytes(b"\0" * 60_000_000)
+    (root / "small.txt").write_bytes(b"hello")
+    with Stack(env={"SSE_RETRY_MS": "200", "SSE_TASK_ROOT": str(root), "SSE_DRAIN_SECONDS": "2"}) as stack:
+        yield stack
+
+
+def ask(page, text):
+    page.get_by_label("Your message").fill(text)
+    page.get_by_role("button", name="Ask").click()
+    return page.get_by_role("log", name="Conversation").locator(".answer").last
+
+
+def maker_of(stack):
+    """The one process that makes a run now."""
+    for _ in range(200):
+        for app in stack.apps:
+            if app.alive and samples(app)["sse_runs_open"]:
+                return app
+        time.sleep(0.05)
+    raise AssertionError("no process makes a run")
+
+
+def samples(app):
+    with urllib.request.urlopen(app.metrics_url) as answer:
+        lines = answer.read().decode().splitlines()
+    return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines if line.startswith("sse_")}
+
+
+class TestChat:
+    def test_streams(self, whole, page):
+        """
+        An answer grows word by word, and the next question knows it.
+        """
+        page.goto(f"{whole.url}/")
+        answer = ask(page, "Hello kit")
+
+        expect(answer).to_contain_text("This is the kit")
+        expect(page.get_by_role("button", name="Stop answering")).to_be_enabled()
+        expect(answer).to_contain_text("You wrote 2 words: Hello kit")
+        expect(page.get_by_role("button", name="Ask")).to_be_enabled()
+
+    def test_stopped(self, whole, page):
+        """
+        Stopping ends the run on the server too.
+        """
+        page.goto(f"{whole.url}/")
+        answer = ask(page, "word " * 500)
+        expect(answer).to_contain_text("This is")
+        maker = maker_of(whole)
+
+        page.get_by_role("button", name="Stop answering").click()
+
+        expect(page.get_by_role("button", name="Ask")).to_be_enabled()
+        for _ in range(200):
+            if samples(maker)["sse_runs_open"] == 0:
+                break
+            time.sleep(0.05)
+        assert 'sse_runs_ended_total{how="cancelled"}' in samples(maker)
+
+    @pytest.mark.usefixtures("expects_failed_requests")
+    def test_killed_process(self, whole, page):
+        """
+        When the process that answers is killed, another one answers before the reader's eyes.
+        """
+        page.goto(f"{whole.url}/")
+        answer = ask(page, "word " * 150)
+        expect(answer).to_contain_text("This is the kit")
+        maker = maker_of(whole)
+
+        maker.kill()
+
+        expect(page.locator("#chat-told")).to_contain_text("was lost. Asked again.")
+        expect(answer).to_contain_text("You wrote 150 words", timeout=30_000)
+        maker.start()
+        maker.wait_ready()
+
+    def test_drained_process(self, whole, page):
+        """
+        When the process that answers is stopped, the text goes on from another without a gap.
+        """
+        page.goto(f"{whole.url}/")
+        answer = ask(page, "word " * 100)
+        expect(answer).to_contain_text("This is the kit")
+        maker = maker_of(whole)
+
+        stopping = threading.Thread(target=maker.restart)
+        stopping.start()
+
+        expect(page.locator("#chat-told")).to_contain_text("Goes on by process")
+        expect(answer).to_have_text(re.compile(r"^This is the kit's offline .* You wrote 100 words: (word ?){100}$"))
+        stopping.join()
+
+
+class TestTask:
+    def test_progress_and_result(self, whole, page):
+        """
+        The bar reaches its end, and the result is that of sha256sum.
+        """
+        page.goto(f"{whole.url}/")
+        page.get_by_role("button", name="Start").click()
+
+        expect(page.locator("#result")).to_contain_text(f"{hashlib.sha256(b'hello').hexdigest()}  small.txt")
+        assert 100 == page.locator("#progress").evaluate("bar => bar.value")
+
+    def test_failure(self, whole, page):
+        """
+        A task that fails says rule and cure.
+        """
+        page.goto(f"{whole.url}/")
+        page.get_by_label("Checksums of").fill("../..")
+        page.get_by_role("button", name="Start").click()
+
+        expect(page.get_by_role("alert")).to_contain_text("must be below SSE_TASK_ROOT")
+
+
+class TestNotifications:
+    def test_one_user(self, whole, page, driven_chromium):
+        """
+        A notification reaches that user and nobody else.
+        """
+        page.goto(f"{whole.url}/?user=alice")
+        other = driven_chromium.new_context().new_page()
+        other.goto(f"{whole.url}/?user=bob")
+        for each in (page, other):
+            expect(each.get_by_role("status").first).to_have_text("Open")
+
+        for user in ("alice", "bob"):
+            page.get_by_label("To", exact=True).fill(user)
+            page.get_by_label("Notification", exact=True).fill(f"for {user} alone")
+            page.get_by_role("button", name="Notify").click()
+            expect(page.locator("#notified")).to_have_text(f"{user} is notified.")
+
+        expect(page.get_by_role("log", name="Your notifications")).to_have_text("for alice alone")
+        expect(other.get_by_role("log", name="Your notifications")).to_have_text("for bob alone")
+        other.context.close()
+
+
+class TestTabs:
+    def test_one_stream(self, whole, page):
+        """
+        A second tab of the same page opens no second stream.
+        """
+        page.goto(f"{whole.url}/?topic=tabs")
+        expect(page.get_by_role("status").first).to_have_text("Open")
+        count = sum(samples(app)["sse_streams_open"] for app in whole.apps)
+
+        second = page.context.new_page()
+        second.goto(f"{whole.url}/?topic=tabs")
+
+        expect(second.get_by_role("status").first).to_have_text("Open")
+        assert count == sum(samples(app)["sse_streams_open"] for app in whole.apps)
+
+
+class TestOperator:
+    def test_equal_to_the_metrics(self, whole, publish, page, topic):
+        """
+        Every process has its row, with the figures that its /metrics has.
+        """
+        page.goto(f"{whole.url}/?topic={topic}")
+        page.get_by_role("button", name="Watch").click()
+        rows = page.locator("#figures tbody tr")
+        expect(rows).to_have_count(len(whole.apps))
+        publish(whole.url, {"topics": [topic], "data": "counted"})
+
+        for app in whole.apps:
+            with urllib.request.urlopen(f"{app.url}/readyz") as answer:
+                process = json.load(answer)["process"]
+            row = rows.filter(has_text=process)
+            told = samples(app)
+            for figure, name in (("streams", "sse_streams_open"), ("opened", "sse_streams_opened_total")):
+                expect(row.locator(f"[data-figure={figure}]")).to_have_text(f"{told[name]:,.0f}")
+            for name, count in told.items():
+                if count and (reason := re.fullmatch(r'sse_streams_ended_total\{reason="(\w+)"\}', name)):
+                    expect(row.locator("[data-figure=ended]")).to_contain_text(f"{reason[1]} {count:,.0f}")
+
+    def test_quiet_while_nobody_watches(self, whole, page):
+        """
+        Nothing is told when nobody looks.
+        """
+        page.goto(f"{whole.url}/")
+        page.get_by_role("button", name="Watch").click()
+        expect(page.locator("#figures tbody tr")).to_have_count(len(whole.apps))
+
+        page.get_by_role("button", name="Stop watching").click()
+
+        expect(page.locator("#figures")).to_be_hidden()
+        with redis.Redis(port=whole.redis.port) as client:
+            key = "{sse}:control"
+            for _ in range(60):
+                last = client.xinfo_stream(key)["last-generated-id"]
+                time.sleep(1.5)
+                if last == client.xinfo_stream(key)["last-generated-id"]:
+                    break
+            else:
+                raise AssertionError("figures are told for ever")

@@ -192,6 +192,19 @@ class TestConnect:
         one.wait_texts("heard")
 
     @BOTH
+    def test_event_named_error(self, site, publish, tab, topic, mode):
+        """
+        An event published as `error` is an event, and no failure of the stream.
+        """
+        one = tab().start(topic, mode=mode, names=["error"])
+        one.wait_open()
+
+        publish(site.url, {"topics": [topic], "event": "error", "data": "only a name"})
+
+        one.wait_texts("only a name")
+        assert ["connecting", "open"] == one.states
+
+    @BOTH
     def test_close(self, site, tab, topic, mode):
         """
         The server learns at once that the page has left.

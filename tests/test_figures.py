@@ -1,0 +1,77 @@
+"""The operator's view: for administrators alone, and as true as `/metrics`."""
+
+import asyncio
+import json
+from collections.abc import Iterator
+
+import pytest
+
+from tests.live import Site, ask, metrics
+from tests.signing import SECRET, bearer, token
+from tests.test_runs import reading
+
+JWT = {"auth": "jwt", "jwt_secret": SECRET}
+
+
+@pytest.fixture(scope="module")
+def pair(require) -> Iterator[list]:
+    require("redis-server", "valkey-server")
+    with Site() as site:
+        server = site.redis()
+        yield [site.app(server, **JWT), site.app(server, **JWT, handoff="off")]
+
+
+@pytest.mark.parametrize("who", [0, 1], ids=["handoff", "generator"])
+async def test_all_processes_as_in_their_metrics(pair, who):
+    """
+    Whichever process is asked, the figures of all come, each as that process's own `/metrics` has it.
+    """
+    headers = bearer(token(admin=True))
+    async with reading(pair[who], path="/operator/events", headers=headers) as stream:
+        await stream.until(lambda s: len({json.loads(event.data)["process"] for event in s.events}) == len(pair))
+        count = len(stream.events)
+        await stream.until(lambda s: len(s.events) >= count + 4)
+        told = {json.loads(event.data)["process"]: json.loads(event.data)["samples"] for event in stream.events}
+        for app in pair:
+            said = await metrics(app)
+            process = (await ask(app.port, "GET", "/healthz")).json["process"]
+            for name in ("sse_streams_open", "sse_streams_opened_total", 'sse_streams_ended_total{reason="max_age"}'):
+                assert said[name] == told[process][name], name
+
+
+async def test_administrators_alone(pair):
+    """
+    A token without `admin` sees no figures.
+    """
+    answers = await asyncio.gather(
+        *(
+            ask(pair[0].port, "GET", "/operator/events", headers=headers)
+            for headers in ({}, bearer(token(subscribe=["*"], publish=["*"])))
+        )
+    )
+
+    assert [401, 403] == [answer.status for answer in answers]
+
+
+async def test_runs_need_rights(pair):
+    """
+    To start a run needs a right to its kind; to read one, to have started it or a right to its topic.
+    """
+    body = {"kind": "chat", "prompt": "Hello", "max_tokens": 1}
+    async with reading(pair[0], body=body, headers=bearer(token("alice", publish=["orders/*"]))) as refused:
+        pass
+    async with reading(pair[0], body=body, headers=bearer(token("alice", publish=["run:chat"]))) as made:
+        await made.until_ended()
+    run = made.run
+    statuses = {}
+    for name, who in {
+        "its maker": token("alice"),
+        "another": token("bob"),
+        "one with the right": token("bob", subscribe=["run:*"]),
+    }.items():
+        statuses[name] = (await ask(pair[1].port, "HEAD", f"/runs/{run}/events", headers=bearer(who))).status
+    cancel = await ask(pair[1].port, "DELETE", f"/runs/{run}", headers=bearer(token("bob", subscribe=["run:*"])))
+
+    assert (403, 200) == (refused.status, made.status)
+    assert {"its maker": 200, "another": 403, "one with the right": 200} == statuses
+    assert 403 == cancel.status
