@@ -310,10 +310,10 @@ _DICE: dict[str, Callable[[Trial, random.Random], Awaitable[None]]] = {
 }
 
 
-async def by_seed(seed: int, seconds: float, size: Size | None = None) -> tuple[Row, list[str]]:
+async def by_seed(seed: int, seconds: float, streams: int = 400) -> tuple[Row, list[str]]:
     """Faults at random, two at once at times, for *seconds*; the same for the same seed."""
     dice = random.Random(seed)
-    size = size or Size(400, 40, 200, processes=3, env=SCALED)
+    size = Size(streams, max(4, streams // 10), max(20, streams // 2), processes=3, env=SCALED)
     done: Counter[str] = Counter()
     async with Trial(size) as trial:
         # Their processes are shared: two faults on one at once would be a mistake of the test.

@@ -58,7 +58,9 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=1, help="how many, one after the other (default: 1)")
     parser.add_argument("--seconds", type=float, default=150, help="faults at random for so long (default: 150)")
     parser.add_argument("--minutes", type=float, default=30, help="of the soak (default: 30)")
-    parser.add_argument("--streams", type=int, default=0, help="another number for rolling, storm, stalled and soak")
+    parser.add_argument(
+        "--streams", type=int, default=0, help="another number for rolling, storm, stalled, soak and seeds"
+    )
     options = parser.parse_args()
     chosen = [name for name in options.only.split(",") if name]
     if unknown := [name for name in chosen if name not in {*FAULTS, *_LONG, "seeds"}]:
@@ -78,7 +80,7 @@ async def _run(chosen: list[str], options: argparse.Namespace) -> int:
         if name == "seeds":
             first = options.seed or int(time.time()) % 1_000_000
             jobs += [
-                (f"seed {seed}", lambda seed=seed: long.by_seed(seed, options.seconds))  # type: ignore[misc]
+                (f"seed {seed}", lambda seed=seed: long.by_seed(seed, options.seconds, options.streams or 400))  # type: ignore[misc]
                 for seed in range(first, first + options.seeds)
             ]
         elif name in _LONG:
