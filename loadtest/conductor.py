@@ -62,6 +62,7 @@ class Conductor:
         self._stage = 0
         self._stage_began = self._began
         self._reached: float | None = None
+        self._answered = 0
         self._held = 0.0
         self._actions = list(self.scenario.actions)
         self._seen_open = self._began
@@ -105,11 +106,15 @@ class Conductor:
         elif self._reached is None:
             runner = self.environment.runner
             assert runner is not None
-            ready = runner.user_count == self._users() and self.collected.open >= self._wanted() * 0.999
+            ready = runner.user_count == self._users() and (
+                self.collected.open >= self._wanted() * 0.999 or self._answers() - self._answered >= self._wanted()
+            )
             # Connects that are staggered or refused never make it whole.
             if ready or now > self._stage_began + self._ramp_seconds() + LATE_SECONDS:
                 self._reached = now
                 self._phase = "hold"
+                if self.scenario.publish_when_open and self._stage == 0:
+                    self._tell("sse_publish", {})
                 self.collected.begin_step()
                 self._step_before = self._failures()
         else:
@@ -140,8 +145,15 @@ class Conductor:
 
     def _begin_stage(self) -> None:
         self._stage_began = time.monotonic()
+        # Those who are open already need no answer.
+        self._answered = self._answers() - self.collected.open
         self._reached = None
         self._phase = "to"
+
+    def _answers(self) -> int:
+        """Return how many connects were answered: some with "later", some with "never"."""
+        tally = self.collected.tally
+        return tally["opened"] + tally["soft_failed"] + tally["gave_up"]
 
     def _end_stage(self, now: float) -> None:
         self._held += now - (self._reached or now)
@@ -351,6 +363,7 @@ class Wiring:
         events.test_stop.add_listener(self._stop)
         if self.generates:
             events.report_to_master.add_listener(self._to_master)
+            runner.register_message("sse_publish", self._publish)
             runner.register_message("sse_disconnect", self._disconnect)
             runner.register_message("sse_stop_publishing", self._stop_publishing, concurrent=True)
             runner.register_message("sse_finish", self._finish, concurrent=True)
@@ -429,17 +442,21 @@ class Wiring:
         assert self.generator is not None
         if self.leads and self.conductor and not self.generator.closed:
             show(self.generator.measures, self.environment)
-            self.conductor.collected.add("local", self.generator.measures.hand_over())
+            self.conductor.collected.add("local", self.generator.hand_over())
 
     def _to_master(self, data: dict[str, Any], **_: object) -> None:
         if self.generator is not None and not self.generator.closed and not self.leads:
             # Locust has gathered its statistics before this is called: the next report has them.
             show(self.generator.measures, self.environment)
-            data["sse"] = self.generator.measures.hand_over()
+            data["sse"] = self.generator.hand_over()
 
     def _from_worker(self, client_id: str, data: dict[str, Any], **_: object) -> None:
         if self.conductor is not None and "sse" in data and not self.conductor.result:
             self.conductor.collected.add(client_id, data["sse"])
+
+    def _publish(self, **_: object) -> None:
+        if self.generator is not None:
+            self.generator.may_publish.set()
 
     def _disconnect(self, msg: Any, **_: object) -> None:
         if self.generator is not None:
@@ -469,7 +486,7 @@ class Wiring:
         if generator is None or runner is None:
             return
         generator.finish(as_expected(msg.data["published"]), msg.data["seconds"])
-        report = generator.measures.hand_over()
+        report = generator.hand_over()
         if self.conductor is not None:
             self.conductor.finished("local", report)
         else:

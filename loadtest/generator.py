@@ -19,6 +19,7 @@ from typing import Any
 from urllib.parse import quote
 
 import gevent
+from gevent.event import Event
 
 from app.parser import ServerSentEvent
 from loadtest.measures import Measures
@@ -31,6 +32,7 @@ REPORT_SECONDS = 1.0
 LAG_SECONDS = 0.02
 # Four of the kit's heartbeats: a stream that is silent for longer is dead.
 SILENT_SECONDS = 60.0
+SETTLED_SECONDS = 0.5
 # The server's word for the end of a stream, told in band before it.
 FAREWELLS = {
     "stream.draining": "draining",
@@ -101,9 +103,11 @@ class Generator:
         self.measures = Measures()
         self.tokens = Tokens(options.token, options.secret, options.claims)
         self.streams: set[Stream] = set()
-        self.per_user: Counter[str] = Counter()
         self.ordinals: dict[str, Ordinals] = {}
         self.publishing = True
+        self.may_publish = Event()
+        if not scenario.publish_when_open:
+            self.may_publish.set()
         self.closed = False
         self.published: dict[str, tuple[str, Published]] = {}
         self._tick = tick
@@ -137,6 +141,15 @@ class Generator:
         while True:
             gevent.sleep(every)
             report()
+
+    def hand_over(self) -> dict[str, Any]:
+        """Return what was measured since the last call."""
+        # An evicted stream's end may be read after its successor's head: the two come on two
+        # connections. So a stream counts for its user when it has been open for a while.
+        since = time.monotonic() - SETTLED_SECONDS
+        users = Counter(stream.user for stream in self.streams if stream.is_open and stream.opened_at < since)
+        self.measures.most_per_user = max(users.values(), default=0)
+        return self.measures.hand_over()
 
     # --- Who reads what
 
@@ -208,7 +221,7 @@ class Stream(EventSource):
     nothing of the server, its gaps do.
     """
 
-    __slots__ = ("farewell", "generator", "judged", "lost_at", "sequences", "topics", "user")
+    __slots__ = ("farewell", "generator", "judged", "lost_at", "opened_at", "sequences", "topics", "user")
 
     def __init__(
         self, generator: Generator, ordinal: int, *, user: str | None = None, topics: tuple[str, ...] | None = None
@@ -220,6 +233,7 @@ class Stream(EventSource):
         self.farewell = ""
         self.lost_at: float | None = None
         self.judged = True
+        self.opened_at = 0.0
         super().__init__(generator.target, generator.path(self.user, self.topics), ordinal)
         generator.streams.add(self)
 
@@ -263,9 +277,7 @@ class Stream(EventSource):
         measures.open += 1
         measures.tally["opened"] += 1
         measures.took("open", seconds)
-        per_user = self.generator.per_user
-        per_user[self.user] += 1
-        measures.most_per_user = max(measures.most_per_user, per_user[self.user])
+        self.opened_at = time.monotonic()
         if self.lost_at is not None:
             measures.took("resume", time.monotonic() - self.lost_at)
             self.lost_at = None
@@ -323,7 +335,6 @@ class Stream(EventSource):
 
     def _closed(self) -> None:
         self.generator.measures.open -= 1
-        self.generator.per_user[self.user] -= 1
 
 
 def as_expected(published: dict[str, Any]) -> dict[str, list[tuple[str, Published]]]:

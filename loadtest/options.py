@@ -43,7 +43,7 @@ OPTIONS = (
         environment="SSE_LOADTEST_SECRET",
     ),
     Option("--claims", "", 'JSON object of claims that each minted token has besides, {"aud": "…"}'),
-    Option("--user-limit", 0, "streams that one user may have; `limits` checks that there are never more", int),
+    Option("--user-limit", 0, "streams that one user may have: there must never be more; `limits` goes beyond it", int),
     Option("--sources", "auto", "source addresses: auto, or addresses separated by commas"),
     Option("--insecure", False, "take any TLS certificate", None),
     Option("--settle", 10.0, "seconds that streams have for the last events, after publishing ended", float),
@@ -113,7 +113,10 @@ def chosen_thresholds(options: argparse.Namespace) -> list[Threshold]:
     Raises:
         ScenarioError: one is of no figure, or a file is wrong.
     """
-    return load_thresholds(options.scenario, options.thresholds.split(","), FIGURES, Path(options.thresholds_file))
+    overrides = options.thresholds.split(",")
+    if options.user_limit:
+        overrides.insert(0, f"most_per_user <= {options.user_limit}")
+    return load_thresholds(options.scenario, overrides, FIGURES, Path(options.thresholds_file))
 
 
 def source_addresses(options: argparse.Namespace, host: str) -> list[str]:

@@ -146,6 +146,10 @@ class Watch:
         if self._machine_percent > FULL_MACHINE_PERCENT:
             parts = sorted(self.busiest().items(), key=lambda item: -item[1])
             shares = ", ".join(f"{name} {percent:.0f} %" for name, percent in parts if name != "machine")
+            ours = sum(process.cpu_percent for process in self.processes)
+            others = self._machine_percent * (os.cpu_count() or 1) - ours
+            if others > ours:
+                return f"the machine is full of other programs, {others:.0f} % of a core, beside {ours:.0f} % of ours"
             return f"CPU of the machine at {self._machine_percent:.0f} %, of a core each: {shares}"
         return ""
 

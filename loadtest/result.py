@@ -47,7 +47,7 @@ FIGURES: dict[str, str] = {
     "out_of_order": "events that came after later ones",
     "unfinished": "streams that were not back at the end, and still owed events",
     "resets": "`stream.reset` that were read",
-    "most_per_user": "most streams that one user had open in one moment",
+    "most_per_user": "most streams that one user had open, each for half a second at least",
     "published": "events that were acknowledged",
     "publish_repeated": "publishes that were sent again with the same key",
     "publish_failed": "events that were given up or refused",

@@ -52,6 +52,7 @@ class Scenario:
         broadcast_rate: Events per second to every stream.
         event_bytes: Least size of an event's data.
         connects_per_second: How fast streams are opened.
+        publish_when_open: Publish from the moment that the first stage is reached, not before.
         own_topic: Each stream has its user's own topic, and no other.
         users: Kind of user to its weight.
         stages: What happens, in order.
@@ -68,6 +69,7 @@ class Scenario:
     broadcast_rate: float = 0.0
     event_bytes: int = 200
     connects_per_second: float = 250.0
+    publish_when_open: bool = False
     own_topic: bool = False
     users: Mapping[str, int] = field(default_factory=lambda: {"subscriber": 1})
     actions: tuple[Action, ...] = ()

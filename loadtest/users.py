@@ -23,6 +23,8 @@ PUBLISH_SECONDS = 0.01
 BATCH_EVENTS = 200
 # A publish that gets no answer is repeated with its key for so long.
 REPEAT_SECONDS = 30.0
+# The kit's default of SSE_LIMIT_STREAMS_PER_USER.
+LIMIT_PER_USER = 10
 
 # Set by the conductor when a run begins in this process.
 current: Generator | None = None
@@ -98,7 +100,7 @@ class LimitBreaker(Reader):
     BESIDE_LIMIT = 3
 
     def make(self, generator: Generator, ordinal: int) -> Stream:
-        together = (generator.options.user_limit or 5) + self.BESIDE_LIMIT
+        together = (generator.options.user_limit or LIMIT_PER_USER) + self.BESIDE_LIMIT
         # All streams of one user are in one process, which can count them.
         group = ordinal // generator.workers // together
         stream = Stream(generator, ordinal, user=f"lt-{generator.run}-over-{generator.index}-{group}")
@@ -171,6 +173,7 @@ class Publishing:
         """Publish until the run has no more need of it."""
         if not self._rates:
             return
+        self._generator.may_publish.wait()
         began = time.monotonic()
         sent = [0] * len(self._rates)
         while self._generator.publishing:
@@ -207,7 +210,9 @@ class Publishing:
             events.append({"topics": [topic], "data": data})
             next_of[key] = (topic, Published(number, before.first, now))
         body = json.dumps(events).encode()
-        headers = {"Idempotency-Key": uuid.uuid4().hex} | generator.tokens.headers(f"lt-{generator.run}-publisher")
+        headers = {"Idempotency-Key": uuid.uuid4().hex} | generator.tokens.headers(
+            f"lt-{generator.run}-publisher-{generator.index}"
+        )
         began = time.monotonic()
         pause = 0.1
         while True:

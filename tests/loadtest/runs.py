@@ -24,6 +24,7 @@ streams = 8
 streams_per_topic = {per}
 rate = {rate}
 connects_per_second = 50
+publish_when_open = true
 stages = [{{ streams = 1.0, seconds = {seconds} }}]
 {more}
 """
@@ -104,6 +105,11 @@ class Run:
                 time.sleep(0.5)
             self.process.kill()
         self._reader.join()
+
+    @property
+    def code(self) -> int | None:
+        """The exit code, after `end`."""
+        return self.process.returncode
 
     @property
     def output(self) -> str:

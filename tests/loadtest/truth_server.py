@@ -28,6 +28,8 @@ class Stream:
         self.topics = topics
         self.writer = writer
         self.held: bytes | None = None
+        # Of the log, what it was sent: an event that was replayed may still be on its way.
+        self.at = 0
 
     def write(self, block: bytes) -> None:
         if not self.writer.is_closing():
@@ -62,7 +64,7 @@ class Stream:
 
 def deliver(topic: str, at: int, data: str) -> None:
     for stream in list(streams):
-        if topic in stream.topics:
+        if topic in stream.topics and at > stream.at:
             stream.send(topic, at, data)
 
 
@@ -133,6 +135,7 @@ async def events(
                 truth["missed"] += 1
             else:
                 stream.send(topic, at, data)
+            stream.at = at
     streams.add(stream)
     await reader.read()
     streams.discard(stream)
