@@ -24,12 +24,10 @@ def seconds(text: str) -> float:
     return float(number) * {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400, "": 1}[unit]
 
 
-def nginx(name: str) -> list[str]:
-    """Return the values of the directive *name* in all of nginx's files; there is one at least."""
+def nginx(name: str, file: str = "*.conf") -> list[str]:
+    """Return the values of the directive *name* in nginx's files of this name; there is one at least."""
     pattern = rf"(?m)^\s*{name}\s+([^;]+);"
-    found = [
-        value for path in sorted(NGINX.glob("**/*.conf")) for value in re.findall(pattern, path.read_text())
-    ]
+    found = [value for path in sorted(NGINX.glob(f"**/{file}")) for value in re.findall(pattern, path.read_text())]
     assert found, f"{name} stands in none of nginx's files"
     return found
 
@@ -65,7 +63,9 @@ def values() -> dict[str, list[float]]:
             for each in zip(of("drain_seconds"), of("drain_lead_seconds"), of("run_finish_seconds"), strict=True)
         ],
         "max_body": of("max_body_bytes"),
-        "read_timeout": [*map(seconds, nginx("proxy_read_timeout")), *map(seconds, haproxy("timeout server"))],
+        "publish": of("publish_timeout_seconds"),
+        "api_read_timeout": [*map(seconds, nginx("proxy_read_timeout", "sse-api.conf"))],
+        "read_timeout": [*map(seconds, nginx("proxy_read_timeout", "sse-proxy.conf")), *map(seconds, haproxy("timeout server"))],
         "connect_timeout": [*map(seconds, nginx("proxy_connect_timeout")), *map(seconds, haproxy("timeout connect"))],
         "send_timeout": [*map(seconds, nginx("send_timeout")), *map(seconds, haproxy("timeout client"))],
         "try_for": [*map(seconds, nginx("proxy_next_upstream_timeout"))],
@@ -133,6 +133,10 @@ RULES: dict[str, tuple[Callable[[Ladder], bool], dict[str, float]]] = {
     "a read timeout is 4 to 5 heartbeats": (
         every(lambda beat, read: 4 * beat <= read <= 5 * beat, "heartbeat", "read_timeout"),
         {"read_timeout": 3600},
+    ),
+    "the application gives a publish up before the proxy does": (
+        every(lambda publish, read: 2 * publish < read, "publish", "api_read_timeout"),
+        {"api_read_timeout": 5},
     ),
     "one lost heartbeat ends no stream": (
         every(lambda beat, read: 2 * beat < read, "heartbeat", "read_timeout"),
@@ -205,11 +209,16 @@ class TestLadder:
         section = (ROOT / "README.md").read_text().split("### Timeouts that must agree", 1)[1].split("\n## ", 1)[0]
         said = {(name, value) for name, value in re.findall(r"`([A-Za-z_-]+)`(?:'s| of [a-z ]+)? \((\d+)(?: s| MiB)?\)", section)}
 
+        places = {
+            "proxy_read_timeout": "sse-proxy.conf",
+            "send_timeout": "sse-proxy.conf",
+            "worker_shutdown_timeout": "nginx.conf",
+        }
         for name, value in said:
             if name.startswith("SSE_"):
                 assert float(value) == getattr(Settings(), name.removeprefix("SSE_").lower()), name
-            elif name in ("proxy_read_timeout", "worker_shutdown_timeout", "send_timeout"):
-                assert {float(value)} == {seconds(found) for found in nginx(name)}, name
+            elif name in places:
+                assert {float(value)} == {seconds(found) for found in nginx(name, places[name])}, name
         assert {"SSE_HEARTBEAT_SECONDS", "SSE_MAX_AGE_SECONDS", "proxy_read_timeout", "worker_shutdown_timeout"} <= {
             name for name, _ in said
         }

@@ -1,18 +1,25 @@
 """
 upstream.conf in its `resolve` form: a name is followed without a reload.
 
-Processes stand on addresses of their own with one port, as pods do; loopback
-has 127.0.0.0/8 for that. The name server is the test's own.
+Processes stand on addresses of their own with one port, as pods do: loopback
+has 127.0.0.0/8 for that, and where packets must get lost, network namespaces.
+The name server is the test's own.
 """
 
+import asyncio
+import contextlib
+import ctypes
+import socket
 import subprocess
+import threading
 
 import pytest
 
 from app.stack import ROOT
 from tests import live
 from tests.crowd import becomes
-from tests.nginx.conftest import NATIVE, workers
+from tests.faults.parts import Network
+from tests.nginx.conftest import NATIVE, Toy, workers
 from tests.nginx.names import NXDOMAIN, SERVFAIL, NameServer
 from tests.nginx.ways import Way, way
 
@@ -141,6 +148,90 @@ class TestFollowing:
             names.code, names.addresses = 0, [four[0].address]
             await becomes_reached(client, {four[0].address})
         names.close()
+
+
+# Of sched.h.
+CLONE_NEWNET = 0x40000000
+PORT = 8000
+
+
+def listener(network: Network) -> socket.socket:
+    """Return a listening socket of *network*; a thread alone changes its network, and a socket keeps its own."""
+    made: list[socket.socket] = []
+
+    def work() -> None:
+        with open(f"/run/netns/{network.name}") as file:  # noqa: PTH123
+            if ctypes.CDLL(None, use_errno=True).setns(file.fileno(), CLONE_NEWNET):
+                raise OSError(ctypes.get_errno(), "setns")
+        made.append(socket.create_server((network.address, PORT)))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    return made[0]
+
+
+@contextlib.asynccontextmanager
+async def pod(network: Network):
+    """Give a toy inside *network*."""
+    toy = Toy(address=network.address, port=PORT, status_body=network.address.encode())
+    server = await asyncio.start_server(toy.serve, sock=listener(network))
+    yield toy
+    server.close()
+    server.close_clients()
+
+
+@pytest.fixture
+def networks():
+    """Three network namespaces, with an address each."""
+    if not Network.possible():
+        pytest.skip("a network namespace needs root, ip and nft")
+    with Network() as a, Network() as b, Network() as c:
+        yield a, b, c
+
+
+class TestPods:
+    async def test_that_vanish_and_come(self, nginx, networks):
+        """
+        Pods in networks of their own, behind one name. One whose packets all get lost costs its
+        users proxy_connect_timeout and nothing else, until the name no longer has it; then nothing.
+        A new one gets streams. Open streams of the others never end, and nothing is reloaded.
+        """
+        async with pod(networks[0]) as a, pod(networks[1]) as b, pod(networks[2]) as c:
+            names = await NameServer.start(a.address, b.address)
+            files = following(names, PORT)
+            # A POST into a connection that is kept to a lost pod waits for so long.
+            api = (ROOT / "nginx/snippets/sse-api.conf").read_text()
+            files["snippets/sse-api.conf"] = api.replace("proxy_read_timeout 15s", "proxy_read_timeout 1s")
+            front = nginx([], files=files, directives={"proxy_connect_timeout": "500ms"})
+            before, loop = workers(front), asyncio.get_running_loop()
+            async with way("plain", front.port) as client:
+                await becomes_reached(client, {a.address, b.address})
+                streams = [await client.ask(f"/events?user={user}", NATIVE) for user in range(12)]
+                assert a.open
+                assert b.open
+                held = b.open
+
+                with networks[0].cut():
+                    began = loop.time()
+                    late = [await client.ask(f"/events?user={user}", NATIVE) for user in range(12)]
+                    assert {(200, None)} == {(s.status, s.headers.get("x-sse-fallback")) for s in late}
+                    assert b.open == held + 12
+                    assert loop.time() - began > 0.4  # some of them had to wait
+
+                    names.addresses = [b.address, c.address]
+                    await becomes_reached(client, {b.address, c.address})
+                    new = [await client.ask(f"/events?user={user}", NATIVE) for user in range(12)]
+                    assert c.open
+                    assert b.open + c.open == held + 24
+
+                    b.say(b"data: x\n\n")
+                    c.say(b"data: x\n\n")
+                    for stream in (*late, *new):
+                        await stream.until(lambda s: s.data == ["x"])
+                    assert held == sum(stream.data == ["x"] for stream in streams)
+            assert before == workers(front)
+            names.close()
 
 
 class TestGenerator:
