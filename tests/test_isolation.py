@@ -83,7 +83,7 @@ PUBLISHER = bearer(token("publisher", seconds=36_000, publish=["*", "user:*"]))
 
 
 class TestIsolation:
-    @settings(max_examples=200, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=120, suppress_health_check=list(HealthCheck))
     @given(
         st.lists(CALLERS, min_size=1, max_size=4),
         EVENTS,

@@ -7,6 +7,7 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import jwt
 import pytest
 
 from app.keys import FileKeys, Key, KeysError, UrlKeys, load_keys, read_jwks, read_secret
@@ -72,6 +73,14 @@ class TestJwks:
         found = read_jwks(jwks(jwk("RS256", **wrong), jwk("ES256")).encode())
 
         assert ["ES256-one"] == [key.kid for key in found]
+
+    @pytest.mark.parametrize("algorithm", JWKS_ALGORITHMS)
+    def test_private(self, algorithm):
+        """A private key is not published by anybody who means it, and is not used."""
+        written = jwt.get_algorithm_by_name(algorithm).to_jwk(private_key(algorithm), as_dict=True)
+        written.pop("key_ops", None)
+        with pytest.raises(KeysError):
+            read_jwks(jwks({**written, "kid": "private"}).encode())
 
     def test_other_curves(self):
         """Only the curve of ES256 verifies ES256."""
