@@ -319,18 +319,19 @@ class Jwks(BaseHTTPRequestHandler):
         pass
 
 
+@pytest.fixture(scope="module")
+def address():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Jwks)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
 class TestHttp:
     """The URL itself, over HTTP."""
-
-    @pytest.fixture(scope="class")
-    def address(self):
-        server = ThreadingHTTPServer(("127.0.0.1", 0), Jwks)
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-        server.server_close()
-        thread.join()
 
     @pytest.mark.parametrize(
         ("path", "known"), [("/keys", True), ("/away", False), ("/moved", False), ("/endless", False), ("/html", False)]
