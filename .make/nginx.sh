@@ -40,8 +40,10 @@ command -v apt-get >/dev/null 2>&1 && command -v dpkg-deb >/dev/null 2>&1 || can
 # The mirror of the machine's own main component; the first is as good as any.
 mirror=$(apt-get indextargets --format '$(IDENTIFIER) $(ORIGIN) $(COMPONENT) $(REPO_URI)' 'Identifier: Packages' 2>/dev/null |
     awk '$1 == "Packages" && $2 == "Debian" && $NF !~ /security/ { print $NF; exit }')
-[ -n "$mirror" ] || mirror=$(apt-get indextargets --format '$(COMPONENT) $(REPO_URI)' 'Identifier: Packages' 2>/dev/null |
-    awk '$1 == "main" && $2 ~ /\/debian\/?$/ { print $2; exit }')
+# Without lists, as in many images, apt-get names none: then as it is written down.
+[ -n "$mirror" ] || mirror=$(cat /etc/apt/sources.list /etc/apt/sources.list.d/*.list \
+    /etc/apt/sources.list.d/*.sources 2>/dev/null |
+    awk '$1 == "URIs:" || $1 == "deb" { for (i = 2; i <= NF; i++) if ($i ~ /\/debian\/?$/) { print $i; exit } }')
 [ -n "$mirror" ] || cannot "apt-get knows no mirror of Debian"
 
 work=$(mktemp -d)

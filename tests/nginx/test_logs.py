@@ -23,7 +23,7 @@ class TestSecrets:
         closed = socket.create_server(("127.0.0.1", 0))
         dead = f"127.0.0.1:{closed.getsockname()[1]}"
         closed.close()
-        scaled = {"proxy_read_timeout": "300ms", "limit_conn sse_streams_of_user": "2"}
+        scaled = {"proxy_read_timeout": "100ms", "limit_conn sse_streams_of_user": "2"}
         for servers in ([toy.server], [dead], [dead, toy.server]):
             front = nginx(servers, way=way_name, version=version, files={"exempt.conf": ""}, directives=scaled)
             count = 0

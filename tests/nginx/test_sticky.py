@@ -6,7 +6,7 @@ from tests import live
 from tests.nginx.conftest import reload
 from tests.nginx.ways import Way, way
 
-USERS = 240
+USERS = 160
 
 
 def named(toys) -> None:
