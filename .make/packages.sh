@@ -149,6 +149,7 @@ stack)
         have chromium || optional="$optional chromium"
         have firefox-esr || optional="$optional firefox-esr"
         have node || optional="$optional nodejs"
+        have php || optional="$optional php-cli"
         have npm || optional="$optional npm"
         have ip || optional="$optional iproute2"
         have nft || optional="$optional nftables"

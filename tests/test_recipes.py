@@ -1,0 +1,195 @@
+"""
+Every recipe runs: what is published in another language arrives as it was sent.
+
+React itself is not here: the hook meets the three functions of React that it uses.
+"""
+
+import asyncio
+import importlib.util
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.live import DEADLINE, Site, connect, run, subscribed
+
+RECIPES = Path(__file__).parent.parent / "app" / "recipes"
+STATIC = RECIPES.parent / "static"
+TEXT = 'größe "quoted" \\ $HOME `x` 😀\nsecond line'
+
+
+@pytest.fixture(scope="module")
+def served(require) -> Iterator[tuple]:
+    require("redis-server", "valkey-server")
+    with Site() as site:
+        server = site.redis()
+        yield server, site.app(server)
+
+
+@pytest.fixture
+def recipe():
+    """The recipe for Python, as a service that copied it imports it."""
+    spec = importlib.util.spec_from_file_location("publish", RECIPES / "publish.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+async def test_node(served, require):
+    server, app = served
+    async with subscribed(app, "recipes/node") as stream:
+        await run(require("node"), str(RECIPES / "publish.mjs"), server.url, "recipes/node", TEXT)
+
+        await stream.until_data(TEXT)
+
+
+async def test_php(served, require):
+    server, app = served
+    async with subscribed(app, "recipes/php") as stream:
+        await run(
+            require("php"), str(RECIPES / "publish.php"), "127.0.0.1", str(server.port), "recipes/php", TEXT
+        )
+
+        await stream.until_data(TEXT)
+
+
+async def test_shell_by_redis(served, require):
+    server, app = served
+    require("redis-cli")
+    async with subscribed(app, "recipes/shell") as stream:
+        await run("sh", str(RECIPES / "publish.sh"), "redis", str(server.port), "recipes/shell", TEXT)
+
+        await stream.until_data(TEXT)
+
+
+async def test_shell_by_http(served, require):
+    _, app = served
+    require("curl")
+    async with subscribed(app, "recipes/http") as stream:
+        await run("sh", str(RECIPES / "publish.sh"), "http", app.url, "recipes/http", '{"id": 7}')
+
+        await stream.until_data('{"id":7}')
+
+
+async def test_python_to_one_user(served, recipe):
+    server, app = served
+    async with (
+        subscribed(app, query={"user": "ann@example.com"}) as hers,
+        subscribed(app, query={"user": "bob"}) as his,
+    ):
+        with connect(server) as redis:
+            place = recipe.publish(redis, [recipe.user_topic("ann@example.com")], {"text": "hello"}, "notification")
+            recipe.publish(redis, ["broadcast"], "to all")
+
+        await hers.until_data('{"text": "hello"}', "to all")
+        await his.until_data("to all")
+    assert ["to all"] == his.data
+    assert hers.ids[0].endswith(place)
+
+
+async def test_dashboard_and_room(served, recipe):
+    server, app = served
+    async with subscribed(app, "dashboard/*") as board, subscribed(app, "rooms/1") as room:
+        with connect(server) as redis:
+            recipe.publish(redis, ["dashboard/load"], 0.7, "load")
+            recipe.publish(redis, ["rooms/2"], "next door")
+            recipe.publish(redis, ["rooms/1"], "in here")
+            recipe.publish(redis, ["dashboard/users"], 12, "users")
+
+        await board.until_data("0.7", "12")
+        await room.until_data("in here")
+    assert ["in here"] == room.data
+
+
+async def test_the_publishers_own_acl(served, require):
+    """
+    The Redis user of the README may publish, and nothing else.
+    """
+    server, app = served
+    line = next(line for line in (RECIPES / "README.md").read_text().splitlines() if line.startswith("ACL"))
+    with connect(server) as redis:
+        redis.execute_command(*line.replace("PASSWORD", "secret").split())
+    async with subscribed(app, "recipes/acl") as stream:
+        url = f"redis://publisher:secret@127.0.0.1:{server.port}"
+        script = (
+            f"import {{ publish }} from {json.dumps((RECIPES / 'publish.mjs').as_uri())};"
+            f"await publish({json.dumps(url)}, ['recipes/acl'], {{ id: 7 }}, {{ event: 'created' }});"
+            f"await publish({json.dumps(url)}, ['recipes/acl'], '', {{ prefix: 'other' }})"
+            ".then(() => process.exit(1), ({ message }) => console.log(message));"
+        )
+        said = await run(require("node"), "--input-type=module", "-e", script)
+
+        await stream.until_data('{"id":7}')
+    assert "NOPERM" in said
+
+
+REACT = """
+// The three functions of React that the hook uses, for one component.
+let slots = [], at = 0, effects = [], render = () => {};
+export const useState = (first) => {
+  const slot = at++;
+  if (!(slot in slots)) slots[slot] = first;
+  return [slots[slot], (value) => { slots[slot] = value; queueMicrotask(() => render()); }];
+};
+export const useRef = (first) => { const slot = at++; return (slots[slot] ??= { current: first }); };
+export const useEffect = (run, needs) => effects.push([at++, run, needs]);
+export const show = (component) => {
+  render = () => {
+    at = 0; effects = []; component();
+    for (const [slot, run, needs] of effects) {
+      const before = slots[slot];
+      if (before && before.needs.every((need, i) => need === needs[i])) continue;
+      before?.undo?.();
+      slots[slot] = { needs, undo: run() };
+    }
+  };
+  render();
+  return () => slots.forEach((slot) => slot?.undo?.());
+};
+"""
+
+COMPONENT = """
+import { show } from "react";
+import { useEvents } from "./use-events.js";
+const [, , url] = process.argv;
+let topics = ["recipes/react"], opens = 0, states = [];
+const remove = show(() => {
+  const { state } = useEvents(url, { topics, mode: "fetch" }, {
+    created: ({ id }) => { console.log(JSON.stringify({ id, opens, states })); if (id === 2) remove(); },
+    "stream.open": () => { opens += 1; console.log("open"); },
+  });
+  if (states.at(-1) !== state) states.push(state);
+});
+"""
+
+
+async def test_react_hook(served, require, tmp_path):
+    """
+    One stream for all renders, handlers that are up to date, and none left when the component goes.
+    """
+    server, app = served
+    (tmp_path / "node_modules/react").mkdir(parents=True)
+    (tmp_path / "node_modules/react/index.js").write_text(REACT)
+    (tmp_path / "node_modules/react/package.json").write_text('{"type": "module", "main": "index.js"}')
+    (tmp_path / "package.json").write_text('{"type": "module"}')
+    (tmp_path / "component.js").write_text(COMPONENT)
+    shutil.copy(RECIPES / "use-events.js", tmp_path)
+    shutil.copy(STATIC / "sse-client.js", tmp_path)
+    process = await asyncio.create_subprocess_exec(
+        require("node"), str(tmp_path / "component.js"), f"{app.url}/events", stdout=asyncio.subprocess.PIPE
+    )
+    async with asyncio.timeout(DEADLINE):
+        assert b"open\n" == await process.stdout.readline()
+        with connect(server) as redis:
+            for number in (1, 2):
+                redis.xadd(
+                    "{sse}:log", {"v": "1", "topics": "recipes/react", "event": "created", "data": f'{{"id": {number}}}'}
+                )
+        told = [json.loads(await process.stdout.readline()) for _ in range(2)]
+        assert 0 == await process.wait()
+
+    assert [1, 2] == [each["id"] for each in told]
+    assert 1 == told[-1]["opens"]
+    assert ["new", "connecting", "open"] == told[-1]["states"]
