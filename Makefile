@@ -87,6 +87,34 @@ logs: venv ## Follow all logs of the stack on PORT.
 feed: venv ## Publish the stack's own access log, live, into the topic `logs`.
 	@$(STACK) feed --port="$(PORT)"
 
+##@ Deploy
+
+# OVERLAY: a folder of k8s/overlays. CONTEXT: kubectl's, else the current one.
+# IMAGE: the application's, NAME:TAG or NAME@sha256:… YES=1: do not ask.
+OVERLAY ?= local
+DEPLOY = @python3 k8s/deploy.py $@ --overlay "$(OVERLAY)" --context "$(CONTEXT)" --image "$(IMAGE)" $(if $(YES),--yes)
+IMAGES = --registry "$(REGISTRY)" --tag "$(or $(TAG),0.1.0)"
+
+.PHONY: image push render diff secrets deploy smoke rollback undeploy
+image: ## Build the images, with docker, podman or buildah (TAG=, REGISTRY=).
+	@python3 k8s/images.py build $(IMAGES)
+push: ## Push them to REGISTRY.
+	@python3 k8s/images.py push $(IMAGES)
+render: ## Print what OVERLAY=local would apply.
+	$(DEPLOY)
+diff: ## Show what `make deploy` would change.
+	$(DEPLOY)
+secrets: ## Make the Secrets that the overlay needs (REPLACE=1: new ones).
+	$(DEPLOY) $(if $(REPLACE),--replace)
+deploy: ## Check, show, apply, wait, test (OVERLAY=, IMAGE=, CONTEXT=, YES=1, SMOKE=0).
+	$(DEPLOY) $(if $(filter 0,$(SMOKE)),--no-smoke)
+smoke: ## Test streams inside of the cluster, with a rolling restart under them.
+	$(DEPLOY)
+rollback: ## Bring the version of before back.
+	$(DEPLOY)
+undeploy: ## Delete all but the namespace, Secrets and volumes.
+	$(DEPLOY)
+
 ##@ Check
 
 .PHONY: test

@@ -98,13 +98,13 @@ def settings(objects: list[Object]) -> Settings:
     return load(environment(objects, c))
 
 
-def nginx_value(objects: list[Object], directive: str) -> list[float]:
+def nginx_value(objects: list[Object], directive: str, value: str = r"\s(\w+);") -> list[float]:
     """All values of a directive in nginx's deployed files, in seconds."""
     values = []
     for o in of(objects, "ConfigMap"):
         if o["metadata"]["name"].startswith("sse-nginx"):
             for text in o["data"].values():
-                values += re.findall(rf"(?m)^\s*{directive} (\w+);", text)
+                values += re.findall(rf"(?m)^\s*{directive}{value}", text)
     return [seconds(value) for value in values]
 
 
@@ -273,6 +273,10 @@ def ladder(objects: list[Object]) -> Iterator[str]:
         yield f"SSE_MAX_AGE_SECONDS ({s.max_age_seconds:g}) must be under worker_shutdown_timeout ({shutdown:g})"
     if not sleep[nginx] + shutdown < grace[nginx] < 600:
         yield f"nginx's grace ({grace[nginx]}) must be over preStop + worker_shutdown_timeout, and under 600"
+    # 30: how long CoreDNS keeps an answer, as kubeadm and most clusters configure it.
+    valid = max(nginx_value(objects, "resolver .* valid=", r"(\d+s)"), default=0)
+    if not 30 + valid <= sleep[app]:
+        yield f"the application's preStop ({sleep[app]}) must be over the name server's 30 s + nginx's valid ({valid:g})"
     # 15: Hypercorn's own end, and a process that is slow to hear.
     if not sleep[app] + s.drain_seconds + 15 < grace[app]:
         yield f"the application's grace ({grace[app]}) must be over preStop + SSE_DRAIN_SECONDS + 15"
@@ -396,13 +400,13 @@ def services_reach_pods(objects: list[Object]) -> Iterator[str]:
 
 
 @rule
-def headless_stays(objects: list[Object]) -> Iterator[str]:
-    """nginx forgets all processes when the name is gone."""
+def headless(objects: list[Object]) -> Iterator[str]:
+    """nginx must hear of every pod by itself, and of none that goes."""
     for o in of(objects, "Service"):
         if o["metadata"]["name"] == "sse-app-headless" and (
-            o["spec"].get("clusterIP") != "None" or o["spec"].get("publishNotReadyAddresses") is not True
+            o["spec"].get("clusterIP") != "None" or o["spec"].get("publishNotReadyAddresses")
         ):
-            yield f"{title(o)} must have no address, and publish those that are not ready"
+            yield f"{title(o)} must have no address, and publish only those that are ready"
 
 
 @rule

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from k8s.deploy import smoke_objects
 from tests.k8s.policies import RULES, broken
 from tests.k8s.rendered import GROUPS, K8S, OVERLAYS, combinations, composed, overlay, pick
 
@@ -26,6 +27,14 @@ class TestAllKeepTheRules:
     def test_overlay(self, name):
         """Every overlay keeps every rule."""
         assert [] == broken(overlay(name))
+
+    @pytest.mark.parametrize("name", OVERLAYS)
+    def test_smoke_test(self, name):
+        """The smoke test's Job, fitted to an overlay, keeps every rule beside it."""
+        items = smoke_objects(copy.deepcopy(overlay(name)))
+
+        assert {"Job", "ConfigMap"} == {o["kind"] for o in items}
+        assert [] == broken(overlay(name) + items)
 
     def test_every_pair_of_components(self):
         """Whatever README.md lets be combined, alone and two by two, keeps every rule."""
@@ -125,6 +134,7 @@ SLIPS: list[tuple[str, Callable[[Objects], Any]]] = [
     ("ladder", setting("SSE_MAX_AGE_SECONDS", "540")),
     ("ladder", setting("SSE_DRAIN_SECONDS", "100")),
     ("ladder", lambda o: pod(o).pop("terminationGracePeriodSeconds")),
+    ("ladder", lambda o: one(o)["lifecycle"]["preStop"]["sleep"].update(seconds=30)),
     ("ladder", lambda o: nginx(o)["template"]["spec"].update(terminationGracePeriodSeconds=600)),
     ("ladder", lambda o: nginx(o)["template"]["spec"].update(terminationGracePeriodSeconds=560)),
     ("rollout", lambda o: app(o)["strategy"].update(rollingUpdate={"maxSurge": "25%", "maxUnavailable": "25%"})),
@@ -145,8 +155,8 @@ SLIPS: list[tuple[str, Callable[[Objects], Any]]] = [
     ("services_reach_pods", lambda o: pick(o, "Service", "sse-nginx")["spec"]["selector"].update(tier="web")),
     ("services_reach_pods", lambda o: pick(o, "Service", "sse-app")["spec"]["ports"][0].update(targetPort="web")),
     ("services_reach_pods", lambda o: pick(o, "HTTPRoute", "sse")["spec"]["rules"][0]["backendRefs"][0].update(port=8080)),
-    ("headless_stays", lambda o: pick(o, "Service", "sse-app-headless")["spec"].pop("publishNotReadyAddresses")),
-    ("headless_stays", lambda o: pick(o, "Service", "sse-app-headless")["spec"].pop("clusterIP")),
+    ("headless", lambda o: pick(o, "Service", "sse-app-headless")["spec"].update(publishNotReadyAddresses=True)),
+    ("headless", lambda o: pick(o, "Service", "sse-app-headless")["spec"].pop("clusterIP")),
     ("one_namespace", lambda o: pick(o, "Service", "sse-app")["metadata"].update(namespace="default")),
     ("labelled", lambda o: pick(o, "Service", "sse-app")["metadata"]["labels"].pop("app.kubernetes.io/part-of")),
     ("labelled", lambda o: app(o)["template"]["metadata"]["labels"].pop("app.kubernetes.io/part-of")),

@@ -1,0 +1,574 @@
+"""
+Bring an overlay to a cluster by kubectl: check first, show what changes, apply, wait, test.
+
+    python3 k8s/deploy.py deploy --overlay staging
+
+Needs kubectl and no Python package. Everything that can be known beforehand is
+checked before anything is changed; each failure is one sentence with a cure.
+`make` has a target per command.
+"""
+
+import argparse
+import base64
+import hashlib
+import json
+import os
+import re
+import secrets
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+MANAGER = "sse-kit"
+KUBECTL_MIN = (1, 32)
+SERVER_MIN = (1, 33)
+# Names of contexts that are a laptop's; `local` is open to anybody and goes nowhere else.
+LAPTOP = re.compile(r"^(kind-.*|minikube.*|k3d-.*|docker-desktop|rancher-desktop|orbstack|colima.*)$")
+# A pod that waits for one of these will not start by waiting longer.
+STUCK = {"ErrImagePull", "ImagePullBackOff", "InvalidImageName", "CrashLoopBackOff", "CreateContainerConfigError", "CreateContainerError", "RunContainerError"}
+STUCK_SECONDS = float(os.environ.get("SSE_KIT_STUCK_SECONDS", "45"))
+# Who brings kinds that are not Kubernetes' own.
+INSTALL = {
+    "monitoring.coreos.com": "the Prometheus Operator, or take the component monitoring out",
+    "keda.sh": "KEDA, or take the component autoscaling-keda out",
+    "gateway.networking.k8s.io": "the Gateway API, or take the component out",
+    "gateway.envoyproxy.io": "Envoy Gateway, or take the component out",
+}
+
+Object = dict[str, Any]
+
+
+class Failed(Exception):
+    """What is wrong and what to do, in one sentence or two."""
+
+
+# --- kubectl
+
+
+class Kubectl:
+    """kubectl with one context."""
+
+    def __init__(self, context: str = "") -> None:
+        self.context = context
+
+    def run(self, *arguments: str, text: str | None = None, quiet: bool = True) -> "subprocess.CompletedProcess[str]":
+        """Run it; its answer is captured unless not *quiet*."""
+        command = ["kubectl", *([f"--context={self.context}"] if self.context else []), *arguments]
+        try:
+            return subprocess.run(command, input=text, text=True, check=False, stdout=subprocess.PIPE if quiet else None, stderr=subprocess.PIPE if quiet else None)
+        except FileNotFoundError:
+            raise Failed(f"kubectl {_dotted(KUBECTL_MIN)} or newer must be on PATH, found none. See https://kubernetes.io/docs/tasks/tools/.") from None
+
+    def ask(self, *arguments: str, text: str | None = None) -> str:
+        """Return what it prints; a failure is ours, with its last line."""
+        run = self.run(*arguments, text=text)
+        if run.returncode:
+            raise Failed(f"kubectl {' '.join(arguments[:3])} must succeed, said: {_last(run.stderr)}")
+        return run.stdout
+
+    def get(self, *arguments: str) -> Object | None:
+        """Return an object or a list, or None where there is none."""
+        answer = self.ask("get", *arguments, "--ignore-not-found", "-o", "json")
+        return json.loads(answer) if answer.strip() else None
+
+
+def _last(text: str) -> str:
+    lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
+    return lines[-1] if lines else "nothing"
+
+
+def _dotted(version: tuple[int, int]) -> str:
+    return ".".join(map(str, version))
+
+
+def _version(text: str) -> tuple[int, int]:
+    found = re.match(r"v?(\d+)\.(\d+)", text)
+    if not found:
+        raise Failed(f"A version must be like v1.36.0, got {text!r}.")
+    return int(found[1]), int(found[2])
+
+
+# --- Checks, in the order in which they can be made
+
+
+def check_client(kubectl: Kubectl) -> tuple[int, int]:
+    """Return kubectl's version. Raises Failed where it is too old."""
+    version = _version(json.loads(kubectl.ask("version", "--client", "-o", "json"))["clientVersion"]["gitVersion"])
+    if version < KUBECTL_MIN:
+        raise Failed(f"kubectl must be {_dotted(KUBECTL_MIN)} or newer, got {_dotted(version)}. Older ones render and compare differently; install a newer one.")
+    return version
+
+
+def check_context(kubectl: Kubectl, overlay: str) -> None:
+    """Settle which context is meant."""
+    known = kubectl.run("config", "get-contexts", "-o", "name").stdout.split()
+    if kubectl.context:
+        if kubectl.context not in known:
+            raise Failed(f"CONTEXT must be one that kubectl knows ({', '.join(known) or 'it knows none'}), got {kubectl.context!r}.")
+        return
+    current = kubectl.run("config", "current-context")
+    if current.returncode or not current.stdout.strip():
+        raise Failed("kubectl must have a current context, has none. Set one with `kubectl config use-context NAME`, or give CONTEXT=NAME.")
+    name = current.stdout.strip()
+    if overlay == "local" and not LAPTOP.match(name):
+        raise Failed(f"The overlay local must go to a laptop's cluster (kind, minikube, …), got the context {name!r}: it lets anybody in. Give CONTEXT={name} if you mean it.")
+    kubectl.context = name
+
+
+def check_server(kubectl: Kubectl, client: tuple[int, int]) -> None:
+    """See that the cluster answers and is of a version that fits."""
+    run = kubectl.run("version", "-o", "json", "--request-timeout=10s")
+    version = json.loads(run.stdout or "{}").get("serverVersion") if run.returncode == 0 else None
+    if not version:
+        raise Failed(f"The cluster of context {kubectl.context} must answer, said: {_last(run.stderr)} Is it running, and are you logged in?")
+    server = _version(version["gitVersion"])
+    if server < SERVER_MIN:
+        raise Failed(f"The cluster must be Kubernetes {_dotted(SERVER_MIN)} or newer, got {_dotted(server)}.")
+    if abs(server[1] - client[1]) > 1:
+        say(f"kubectl {_dotted(client)} and the cluster {_dotted(server)} are more than one version apart, which Kubernetes does not support.")
+
+
+def check_images(objects: list[Object], overlay: str) -> None:
+    """Refuse the name without a registry, which only a laptop's cluster can have."""
+    for _, container, _ in containers(objects):
+        if container["image"].startswith("sse-kit/") and overlay != "local":
+            raise Failed(f"The overlay {overlay} must name an image that its cluster can pull, has {container['image']}. Give IMAGE=registry.example.com/sse/app:1.0, or set `images` in k8s/overlays/{overlay}/kustomization.yaml.")
+
+
+def check_kinds(kubectl: Kubectl, objects: list[Object]) -> None:
+    """See that the cluster knows all kinds."""
+    for group, cure in INSTALL.items():
+        kinds = sorted({o["kind"] for o in objects if o["apiVersion"].startswith(group + "/")})
+        if kinds and not kubectl.run("api-resources", f"--api-group={group}", "-o", "name").stdout.strip():
+            raise Failed(f"The cluster must know {', '.join(kinds)} ({group}), does not. Install {cure} of the overlay.")
+
+
+def needed_secrets(objects: list[Object]) -> dict[str, set[str]]:
+    """Return which Secrets the pods need, with the keys."""
+    needed: dict[str, set[str]] = {}
+    for _, container, spec in containers(objects):
+        for entry in container.get("env", []):
+            reference = entry.get("valueFrom", {}).get("secretKeyRef")
+            if reference and not reference.get("optional"):
+                needed.setdefault(reference["name"], set()).add(reference["key"])
+        for volume in spec.get("volumes", []):
+            secret = volume.get("secret")
+            if secret and not secret.get("optional"):
+                needed.setdefault(secret["secretName"], set()).update(item["key"] for item in secret.get("items", []))
+    if "sse-tls" in needed:
+        needed["sse-tls"] |= {"tls.crt", "tls.key"}
+    return needed
+
+
+def check_secrets(kubectl: Kubectl, objects: list[Object], overlay: str) -> None:
+    """See that every Secret is there, with its keys."""
+    namespace = namespace_of(objects)
+    for name, keys in needed_secrets(objects).items():
+        secret = kubectl.get("-n", namespace, "secret", name)
+        missing = keys - set((secret or {}).get("data", {}))
+        if secret is None or missing:
+            what = f"has no {', '.join(sorted(missing))}" if secret else "is not"
+            raise Failed(f"Secret {name} must be in namespace {namespace} of {kubectl.context}, {what}. Make it: make secrets OVERLAY={overlay}")
+
+
+# --- What is rendered
+
+
+def render(overlay: str, image: str = "") -> str:
+    """Return the overlay's YAML, with *image* for the application's."""
+    folder = HERE / "overlays" / overlay
+    if not (folder / "kustomization.yaml").exists():
+        known = ", ".join(sorted(path.parent.name for path in (HERE / "overlays").glob("*/kustomization.yaml")))
+        raise Failed(f"OVERLAY must be one of {known}, got {overlay!r}.")
+    if not image:
+        return Kubectl().ask("kustomize", str(folder))
+    name, tag, digest = split_image(image)
+    (ROOT / ".cache").mkdir(exist_ok=True)
+    # Within the tree: kustomize follows no absolute paths.
+    with tempfile.TemporaryDirectory(prefix="deploy-", dir=ROOT / ".cache") as scratch:
+        override = {"name": "sse-kit/app", "newName": name} | ({"digest": digest} if digest else {"newTag": tag})
+        around = {"resources": [os.path.relpath(folder, scratch)], "images": [override]}
+        (Path(scratch) / "kustomization.yaml").write_text(json.dumps(around))
+        return Kubectl().ask("kustomize", scratch)
+
+
+def split_image(image: str) -> tuple[str, str, str]:
+    """Return name, tag and digest. Raises Failed where neither a tag nor a digest is there."""
+    name, _, digest = image.partition("@")
+    head, slash, last = name.rpartition("/")
+    last, _, tag = last.partition(":")
+    if not last or not (tag or digest) or (digest and not re.fullmatch(r"sha256:[0-9a-f]{64}", digest)):
+        raise Failed(f"IMAGE must be NAME:TAG or NAME@sha256:…, got {image!r}.")
+    return head + slash + last, tag, digest
+
+
+def parse(text: str) -> list[Object]:
+    """Return the objects of rendered YAML. kubectl reads it, so that no package is needed."""
+    output = Kubectl().ask("patch", "--local", "--type=merge", "-p", "{}", "-f", "-", "-o", "json", text=text)
+    decoder, objects, at = json.JSONDecoder(), [], 0
+    while output[at:].strip():
+        at += len(output[at:]) - len(output[at:].lstrip())
+        value, at = decoder.raw_decode(output, at)
+        objects.append(value)
+    return objects
+
+
+def containers(objects: list[Object]) -> Iterator[tuple[str, Object, Object]]:
+    """Return each container with its workload's name and its pod's spec."""
+    for o in objects:
+        if o["kind"] in ("Deployment", "StatefulSet", "Job"):
+            spec = o["spec"]["template"]["spec"]
+            for container in [*spec.get("initContainers", []), *spec["containers"]]:
+                yield o["metadata"]["name"], container, spec
+
+
+def namespace_of(objects: list[Object]) -> str:
+    """Return the one namespace that all objects are in."""
+    (name,) = {o["metadata"]["namespace"] for o in objects if o["kind"] != "Namespace"}
+    return str(name)
+
+
+# --- Commands
+
+
+def deploy(kubectl: Kubectl, options: argparse.Namespace) -> None:
+    """Check, show, apply, wait, test."""
+    text, objects = prepared(kubectl, options)
+    namespace = namespace_of(objects)
+    check_images(objects, options.overlay)
+    check_kinds(kubectl, objects)
+    check_secrets(kubectl, objects, options.overlay)
+    if show_diff(kubectl, text, namespace):
+        confirm(kubectl, options, f"apply this to namespace {namespace}")
+        apply(kubectl, text)
+    wait_for_all(kubectl, objects, options.overlay)
+    if not options.no_smoke:
+        smoke(kubectl, options)
+
+
+def prepared(kubectl: Kubectl, options: argparse.Namespace) -> tuple[str, list[Object]]:
+    """Make the checks of every command that goes to a cluster; return what is rendered."""
+    client = check_client(kubectl)
+    text = render(options.overlay, options.image)
+    check_context(kubectl, options.overlay)
+    check_server(kubectl, client)
+    say(f"Overlay {options.overlay}, context {kubectl.context}.")
+    return text, parse(text)
+
+
+def show_diff(kubectl: Kubectl, text: str, namespace: str) -> bool:
+    """Print what would change; return whether anything would."""
+    if kubectl.get("namespace", namespace) is None:
+        say(f"Namespace {namespace} is new, and all that is in it.")
+        return True
+    run = kubectl.run("diff", "--server-side", f"--field-manager={MANAGER}", "-f", "-", text=text)
+    print(run.stdout, end="", flush=True)
+    if run.returncode > 1:
+        raise Failed(f"kubectl diff must succeed, said: {_last(run.stderr)}")
+    if run.returncode == 0:
+        say("Nothing changes.")
+    return run.returncode == 1
+
+
+def apply(kubectl: Kubectl, text: str) -> None:
+    """Apply on the server, as one manager of fields."""
+    run = kubectl.run("apply", "--server-side", f"--field-manager={MANAGER}", "-f", "-", text=text)
+    print(run.stdout, end="", flush=True)
+    if run.returncode and "conflict" in run.stderr.lower():
+        print(run.stderr, file=sys.stderr, end="")
+        raise Failed("No one else may own these fields (see above). Take them out of the overlay, or have their owner let go.")
+    if run.returncode:
+        raise Failed(f"kubectl apply must succeed, said: {_last(run.stderr)}")
+
+
+def wait_for_all(kubectl: Kubectl, objects: list[Object], overlay: str) -> None:
+    """Wait until every workload runs as rendered. Raises Failed with the reason that a person needs."""
+    namespace = namespace_of(objects)
+    for o in objects:
+        if o["kind"] in ("Deployment", "StatefulSet"):
+            deadline = time.monotonic() + o["spec"].get("progressDeadlineSeconds", 900)
+            wait_for(kubectl, namespace, f"{o['kind'].lower()}/{o['metadata']['name']}", deadline, overlay)
+
+
+def wait_for(kubectl: Kubectl, namespace: str, workload: str, deadline: float, overlay: str) -> None:
+    """Wait for one workload; give up early on pods that waiting does not help."""
+    stuck_since: dict[str, float] = {}
+    while True:
+        run = kubectl.run("-n", namespace, "rollout", "status", workload, "--timeout=10s")
+        if run.returncode == 0:
+            say(_last(run.stdout))
+            return
+        now = time.monotonic()
+        stuck = dict(stuck_pods(kubectl, namespace, workload))
+        stuck_since = {pod: stuck_since.get(pod, now) for pod in stuck}
+        for pod, since in stuck_since.items():
+            if now - since >= STUCK_SECONDS:
+                explain(kubectl, namespace, pod, overlay)
+                raise Failed(f"{workload} must come up, but {pod} does not: {stuck[pod]}")
+        if now > deadline or "exceeded its progress deadline" in run.stderr:
+            explain(kubectl, namespace, next(iter(stuck), ""), overlay)
+            raise Failed(f"{workload} must come up in time, said: {_last(run.stderr)}")
+
+
+def stuck_pods(kubectl: Kubectl, namespace: str, workload: str) -> Iterator[tuple[str, str]]:
+    """Return the workload's pods that do not start, each with the reason."""
+    selector = "app.kubernetes.io/name=" + workload.partition("/")[2]
+    pods = kubectl.get("-n", namespace, "pods", "-l", selector) or {"items": []}
+    for pod in pods["items"]:
+        status = pod.get("status", {})
+        for each in [*status.get("initContainerStatuses", []), *status.get("containerStatuses", [])]:
+            waiting = each.get("state", {}).get("waiting", {})
+            if waiting.get("reason") in STUCK:
+                yield pod["metadata"]["name"], f"{waiting['reason']}: {waiting.get('message') or each.get('image', '')}"
+        for condition in status.get("conditions", []):
+            if condition.get("reason") == "Unschedulable":
+                yield pod["metadata"]["name"], f"no node has room: {condition.get('message', '')}"
+
+
+def explain(kubectl: Kubectl, namespace: str, pod: str, overlay: str) -> None:
+    """Print the last events and log lines, and how to go back."""
+    about = [f"--field-selector=involvedObject.name={pod}"] if pod else []
+    events = kubectl.run("-n", namespace, "get", "events", "--sort-by=.lastTimestamp", *about).stdout.splitlines()
+    print("\n".join(["Last events:", *(f"  {line}" for line in events[-8:])]), file=sys.stderr)
+    if pod:
+        for extra in ([], ["--previous"]):
+            lines = kubectl.run("-n", namespace, "logs", pod, "--all-containers", "--tail=10", *extra).stdout.splitlines()
+            if lines:
+                print("\n".join(["Last log lines:", *(f"  {line}" for line in lines)]), file=sys.stderr)
+    print(f"To go back: make rollback OVERLAY={overlay}", file=sys.stderr)
+
+
+def diff(kubectl: Kubectl, options: argparse.Namespace) -> None:
+    """Show what `deploy` would change."""
+    text, objects = prepared(kubectl, options)
+    show_diff(kubectl, text, namespace_of(objects))
+
+
+def rollback(kubectl: Kubectl, options: argparse.Namespace) -> None:
+    """Bring each Deployment's version of before back. The ConfigMaps of before are still there."""
+    _, objects = prepared(kubectl, options)
+    namespace = namespace_of(objects)
+    confirm(kubectl, options, f"bring the version of before back in namespace {namespace}")
+    for o in objects:
+        if o["kind"] == "Deployment":
+            name = f"deployment/{o['metadata']['name']}"
+            run = kubectl.run("-n", namespace, "rollout", "undo", name)
+            say(_last(run.stdout) if run.returncode == 0 else f"{name}: {_last(run.stderr)}")
+    wait_for_all(kubectl, objects, options.overlay)
+
+
+def undeploy(kubectl: Kubectl, options: argparse.Namespace) -> None:
+    """Delete all but the namespace, its Secrets and volumes."""
+    _, objects = prepared(kubectl, options)
+    namespace = namespace_of(objects)
+    confirm(kubectl, options, f"delete the kit in namespace {namespace}; its Secrets and volumes stay")
+    mine = {"apiVersion": "v1", "kind": "List", "items": [o for o in objects if o["kind"] != "Namespace"]}
+    print(kubectl.ask("delete", "--ignore-not-found", "-f", "-", text=json.dumps(mine)), end="")
+    # Those of earlier versions.
+    print(kubectl.ask("-n", namespace, "delete", "configmap,job", "-l", "app.kubernetes.io/part-of=sse-kit"), end="")
+    say(f"What stays can go with: kubectl delete namespace {namespace}")
+
+
+def confirm(kubectl: Kubectl, options: argparse.Namespace, what: str) -> None:
+    """Have a person say yes, unless --yes did."""
+    if options.yes:
+        return
+    if not sys.stdin.isatty():
+        raise Failed(f"Somebody must confirm to {what} ({kubectl.context}), but there is nobody to ask. Give YES=1.")
+    if input(f"Context {kubectl.context}: {what}? [y/N] ").strip().lower() not in ("y", "yes"):
+        raise Failed("Nothing was changed.")
+
+
+# --- Secrets
+
+
+def make_secrets(kubectl: Kubectl, options: argparse.Namespace) -> None:
+    """Make the Secrets that the overlay needs and that are not there: from the environment, or at random."""
+    _, objects = prepared(kubectl, options)
+    namespace = namespace_of(objects)
+    wanted = needed_secrets(objects)
+    made = {name: secret_data(name, keys) for name, keys in wanted.items() if kubectl.get("namespace", namespace) is None or kubectl.get("-n", namespace, "secret", name) is None or options.replace}
+    for name in sorted(set(wanted) - set(made)):
+        say(f"Secret {name} is there, and stays. REPLACE=1 makes a new one.")
+    if not made:
+        return
+    confirm(kubectl, options, f"make {', '.join(sorted(made))} in namespace {namespace}")
+    apply(kubectl, json.dumps(next(o for o in objects if o["kind"] == "Namespace")))
+    for name, data in sorted(made.items()):
+        # Through standard input: arguments of processes can be seen by others.
+        secret = {
+            "apiVersion": "v1", "kind": "Secret",
+            "type": "kubernetes.io/tls" if name == "sse-tls" else "Opaque",
+            "metadata": {"name": name, "namespace": namespace},
+            "data": {key: base64.b64encode(value.encode()).decode() for key, value in data.items()},
+        }  # fmt: skip
+        kubectl.ask("apply", "--server-side", f"--field-manager={MANAGER}", "--force-conflicts", "-f", "-", text=json.dumps(secret))
+        say(f"Secret {name} made: {', '.join(sorted(data))}.")
+
+
+def secret_data(name: str, keys: set[str]) -> dict[str, str]:
+    """Return the keys and values of one Secret."""
+    environ = os.environ
+    if name == "sse-redis" and "url" in keys:
+        url = environ.get("REDIS_URL", "")
+        if not re.match(r"rediss?(\+sentinel)?://.", url):
+            raise Failed("REDIS_URL must be the address of your Redis (rediss://USER:PASSWORD@HOST:PORT/0), got " + ("another scheme." if url else "none."))
+        return {"url": url}
+    if name == "sse-redis":
+        password = secrets.token_urlsafe(32).replace("-", "a").replace("_", "b")
+        return {"password": password, "users.acl": acl(password)}
+    if name == "sse-jwt":
+        path = environ.get("JWT_SECRET_FILE", "")
+        return {"secret": read(path, "JWT_SECRET_FILE").strip() if path else secrets.token_urlsafe(48)}
+    if name == "sse-tls":
+        cert, key = environ.get("TLS_CERT", ""), environ.get("TLS_KEY", "")
+        if bool(cert) != bool(key):
+            raise Failed("TLS_CERT and TLS_KEY must both be given, or neither.")
+        return {"tls.crt": read(cert, "TLS_CERT"), "tls.key": read(key, "TLS_KEY")} if cert else self_signed()
+    raise Failed(f"Secret {name} is none that `make secrets` can make. Make it with kubectl create secret.")
+
+
+def acl(password: str) -> str:
+    """
+    Return Valkey's users: the application may do all but administration, the probes PING.
+
+    Nobody can be `default`, but it keeps all rights: Valkey reads its append-only
+    file as that user, and leaves out transactions that it may not do.
+    """
+    digest = hashlib.sha256(password.encode()).hexdigest()
+    return (
+        "user default off resetpass allkeys allchannels allcommands\n"
+        "user probe on nopass resetkeys resetchannels -@all +ping\n"
+        f"user sse on #{digest} resetkeys ~{{sse}}* &* +@all -@admin -@dangerous +info +config|get\n"
+    )
+
+
+def read(path: str, name: str) -> str:
+    """Return the text of the file that the variable *name* points to."""
+    try:
+        return Path(path).read_text()
+    except OSError as error:
+        raise Failed(f"{name} must be a file that can be read, got {path!r}: {error.strerror}.") from None
+
+
+def self_signed() -> dict[str, str]:
+    """Return a certificate for a first try, good for a year."""
+    say("No TLS_CERT: a self-signed certificate for sse-nginx, which browsers will warn of.")
+    with tempfile.TemporaryDirectory() as folder:
+        command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "365",
+                   "-subj", "/CN=sse-nginx", "-addext", "subjectAltName=DNS:sse-nginx,DNS:localhost",
+                   "-keyout", f"{folder}/tls.key", "-out", f"{folder}/tls.crt"]  # fmt: skip
+        try:
+            subprocess.run(command, check=True, capture_output=True)
+        except (OSError, subprocess.CalledProcessError):
+            raise Failed("openssl must make a certificate, could not. Give TLS_CERT and TLS_KEY.") from None
+        return {name: (Path(folder) / name).read_text() for name in ("tls.crt", "tls.key")}
+
+
+# --- The smoke test
+
+
+def smoke(kubectl: Kubectl, options: argparse.Namespace) -> None:
+    """Run the smoke test's Job, and a rolling restart under its streams. Raises Failed if it found anything."""
+    _, objects = prepared(kubectl, options)
+    namespace = namespace_of(objects)
+    items = smoke_objects(objects)
+    (job,) = (o for o in items if o["kind"] == "Job")
+    name = job["metadata"]["name"]
+    kubectl.ask("create", "-f", "-", text=json.dumps({"apiVersion": "v1", "kind": "List", "items": items}))
+    say(f"Smoke test {name} runs.")
+    try:
+        if follow(kubectl, namespace, name, until="holding"):
+            say("Restarting the application under its streams.")
+            kubectl.ask("-n", namespace, "rollout", "restart", "deployment/sse-app")
+            wait_for(kubectl, namespace, "deployment/sse-app", time.monotonic() + 1800, options.overlay)
+            kubectl.ask("-n", namespace, "exec", f"job/{name}", "--", "touch", "/tmp/stop")
+        follow(kubectl, namespace, name, until="")
+        print(kubectl.ask("-n", namespace, "logs", f"job/{name}", "--tail=-1"), end="", flush=True)
+        status = (kubectl.get("-n", namespace, "job", name) or {}).get("status", {})
+        if not status.get("succeeded"):
+            raise Failed(f"The smoke test must pass, did not (see above). To go back: make rollback OVERLAY={options.overlay}")
+    finally:
+        kubectl.run("-n", namespace, "delete", "configmap", name, "--ignore-not-found")
+
+
+def smoke_objects(objects: list[Object]) -> list[Object]:
+    """Return the smoke test's Job and its ConfigMap, fitted to what *objects* deploy."""
+    items = parse(Kubectl().ask("kustomize", str(HERE / "smoke")))
+    namespace = namespace_of(objects)
+    (app,) = (c for name, c, _ in containers(objects) if name == "sse-app" and c["name"] == "app")
+    (service,) = (o for o in objects if o["kind"] == "Service" and o["metadata"]["name"] == "sse-nginx")
+    name = f"sse-smoke-{secrets.token_hex(3)}"
+    for o in items:
+        o["metadata"] |= {"namespace": namespace, "name": name}
+        if o["kind"] != "Job":
+            continue
+        spec = o["spec"]["template"]["spec"]
+        (container,) = spec["containers"]
+        container["image"] = app["image"]
+        scheme = service["spec"]["ports"][0]["name"]
+        container["env"].append({"name": "SMOKE_URL", "value": f"{scheme}://sse-nginx"})
+        for volume in spec["volumes"]:
+            if "configMap" in volume:
+                volume["configMap"]["name"] = name
+        if any(secret == "sse-jwt" for secret in needed_secrets(objects)):
+            container["env"].append({"name": "SMOKE_JWT_SECRET_FILE", "value": "/sse/jwt/secret"})
+            container["volumeMounts"].append({"name": "jwt", "mountPath": "/sse/jwt", "readOnly": True})
+            spec["volumes"].append({"name": "jwt", "secret": {"secretName": "sse-jwt"}})
+    return items
+
+
+def follow(kubectl: Kubectl, namespace: str, job: str, until: str, seconds: float = 900) -> bool:
+    """Wait for a line *until* in the Job's log; return False if the Job ended before."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        status = (kubectl.get("-n", namespace, "job", job) or {}).get("status", {})
+        if until and until in kubectl.run("-n", namespace, "logs", f"job/{job}", "--tail=-1").stdout.split():
+            return True
+        if status.get("succeeded") or status.get("failed"):
+            return False
+        time.sleep(1)
+    raise Failed(f"Job {job} must come to its end in {seconds:g} s, did not.")
+
+
+def say(text: str) -> None:
+    """Tell the person who waits."""
+    print(text, flush=True)
+
+
+COMMANDS = {"deploy": deploy, "diff": diff, "smoke": smoke, "rollback": rollback, "undeploy": undeploy, "secrets": make_secrets}
+
+
+def main(argv: list[str]) -> int:
+    """Run one command; return the exit status."""
+    parser = argparse.ArgumentParser(prog="deploy.py", description="Bring an overlay of k8s/overlays to a cluster.")
+    parser.add_argument("command", choices=["render", *COMMANDS])
+    parser.add_argument("--overlay", default="local", help="a folder of k8s/overlays (default: local)")
+    parser.add_argument("--context", default="", help="kubectl's context (default: the current one)")
+    parser.add_argument("--image", default="", help="the application's image, NAME:TAG or NAME@sha256:…")
+    parser.add_argument("--yes", action="store_true", help="do not ask")
+    parser.add_argument("--no-smoke", action="store_true", help="leave the smoke test out")
+    parser.add_argument("--replace", action="store_true", help="secrets: make new ones for those that are there")
+    options = parser.parse_args(argv)
+    try:
+        if options.command == "render":
+            check_client(Kubectl())
+            print(render(options.overlay, options.image), end="")
+        else:
+            COMMANDS[options.command](Kubectl(options.context), options)
+    except Failed as failure:
+        print(failure, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

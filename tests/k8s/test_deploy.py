@@ -1,0 +1,343 @@
+"""
+`make deploy` says in one sentence what is wrong, and changes nothing before.
+
+kubectl is a script that answers as the cluster would; rendering is the real one's.
+"""
+
+import json
+import os
+import re
+import shutil
+import stat
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+
+from k8s.deploy import Failed, acl, needed_secrets, split_image
+from tests.k8s.rendered import ROOT, overlay
+from tests.live import connect
+
+# Answers by the first words of the question; what only renders goes to the real kubectl.
+FAKE = '''#!{python} -SE
+import json, os, sys
+arguments = [a for a in sys.argv[1:] if not a.startswith("--context=")]
+if arguments[0] in ("kustomize", "patch"):
+    os.execv({kubectl!r}, [{kubectl!r}, *arguments])
+world = json.load(open({world!r}))
+line = " ".join(arguments)
+with open({log!r}, "a") as log:
+    log.write(line + "\\n")
+    if "-f -" in line:
+        log.write("<<< " + sys.stdin.read().replace("\\n", " ") + "\\n")
+for words, (code, out, err) in world:
+    if all(word in line for word in words.split()):
+        sys.stdout.write(out)
+        sys.stderr.write(err)
+        sys.exit(code)
+sys.stderr.write("nothing known of: " + line)
+sys.exit(99)
+'''
+IMAGE = "registry.example.com:5000/sse/app:1.2"
+Answer = tuple[str, tuple[int, str, str]]
+
+
+def version(client: str = "v1.36.1", server: str | None = "v1.36.0") -> list[Answer]:
+    answer: dict[str, Any] = {"clientVersion": {"gitVersion": client}}
+    both = answer | ({"serverVersion": {"gitVersion": server}} if server else {})
+    return [("version --client", (0, json.dumps(answer), "")), ("version -o", (0, json.dumps(both), ""))]
+
+
+def secret(*keys: str) -> str:
+    return json.dumps({"data": dict.fromkeys(keys, "eA==")})
+
+
+SECRETS: list[Answer] = [
+    ("get secret sse-redis", (0, secret("password", "users.acl", "url"), "")),
+    ("get secret sse-jwt", (0, secret("secret"), "")),
+    ("get secret sse-tls", (0, secret("tls.crt", "tls.key"), "")),
+]
+GOOD: list[Answer] = [
+    ("config get-contexts", (0, "prod\nkind-kit\n", "")),
+    ("config current-context", (0, "prod\n", "")),
+    *version(),
+    ("api-resources", (0, "something\n", "")),
+    ("get namespace", (0, "{}", "")),
+    *SECRETS,
+    ("diff", (1, "+  replicas: 3\n", "")),
+    ("apply", (0, "deployment.apps/sse-app serverside-applied\n", "")),
+    ("rollout status", (0, "successfully rolled out\n", "")),
+    ("rollout undo", (0, "deployment.apps/sse-app rolled back\n", "")),
+    ("delete", (0, "deleted\n", "")),
+]
+
+
+class Run:
+    """One call of deploy.py against a made-up cluster."""
+
+    def __init__(self, folder: Path, kubectl: str) -> None:
+        self.folder, self.kubectl = folder, kubectl
+
+    def __call__(self, *arguments: str, world: list[Answer] | None = None, first: list[Answer] | None = None, env: dict[str, str] | None = None, fake: bool = True) -> "subprocess.CompletedProcess[str]":
+        programs = self.folder / "programs"
+        programs.mkdir(exist_ok=True)
+        (self.folder / "log").write_text("")
+        (self.folder / "world").write_text(json.dumps([*(first or []), *(GOOD if world is None else world)]))
+        script = programs / "kubectl"
+        if fake:
+            script.write_text(FAKE.format(python=sys.executable, kubectl=self.kubectl, world=str(self.folder / "world"), log=str(self.folder / "log")))
+            script.chmod(script.stat().st_mode | stat.S_IXUSR)
+        else:
+            script.unlink(missing_ok=True)
+        for tool in ("openssl",):
+            if not (programs / tool).exists() and shutil.which(tool):
+                (programs / tool).symlink_to(str(shutil.which(tool)))
+        return subprocess.run(
+            [sys.executable, str(ROOT / "k8s/deploy.py"), *arguments],
+            env={"PATH": str(programs), "HOME": str(self.folder)} | (env or {}), capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False,
+        )  # fmt: skip
+
+    @property
+    def asked(self) -> str:
+        return (self.folder / "log").read_text()
+
+
+@pytest.fixture
+def run(tmp_path: Path, require: Callable[..., str]) -> Run:
+    return Run(tmp_path, require("kubectl"))
+
+
+DEPLOY = ("deploy", "--overlay", "staging", "--image", IMAGE, "--yes", "--no-smoke")
+
+
+class TestWhatIsWrong:
+    """Each failure is one sentence that names what to do; nothing is applied."""
+
+    @pytest.mark.parametrize(
+        ("arguments", "first", "sentence"),
+        [
+            (DEPLOY, version(client="v1.31.9"), "kubectl must be 1.32 or newer, got 1.31. "),
+            (DEPLOY, [("config current-context", (1, "", "error: current-context is not set"))], "kubectl must have a current context, has none. "),
+            ((*DEPLOY, "--context", "prd"), [], "CONTEXT must be one that kubectl knows (prod, kind-kit), got 'prd'."),
+            (("deploy", "--yes"), [], "The overlay local must go to a laptop's cluster (kind, minikube, …), got the context 'prod'"),
+            (DEPLOY, [*version()[:1], ("version -o", (1, '{"clientVersion": {}}', "Unable to connect to the server: dial tcp 192.0.2.1:6443: i/o timeout"))], "The cluster of context prod must answer, said: Unable to connect to the server"),
+            (DEPLOY, version(server="v1.32.0"), "The cluster must be Kubernetes 1.33 or newer, got 1.32."),
+            (("deploy", "--overlay", "staging", "--yes"), [], "The overlay staging must name an image that its cluster can pull, has sse-kit/app:0.1.0. "),
+            (("deploy", "--overlay", "staging", "--image", "registry.example.com/app"), [], "IMAGE must be NAME:TAG or NAME@sha256:…, got 'registry.example.com/app'."),
+            (DEPLOY, [("get secret sse-redis", (0, "", ""))], "Secret sse-redis must be in namespace sse of prod, is not. Make it: make secrets OVERLAY=staging"),
+            (DEPLOY, [("get secret sse-redis", (0, secret("url"), ""))], "Secret sse-redis must be in namespace sse of prod, has no password, users.acl. "),
+            (DEPLOY, [("api-resources monitoring.coreos.com", (0, "", ""))], "The cluster must know PodMonitor, PrometheusRule (monitoring.coreos.com), does not. "),
+            (("deploy", "--overlay", "stage"), [], "OVERLAY must be one of local, production, staging, got 'stage'."),
+            (("deploy", "--overlay", "staging", "--image", IMAGE), [], "Somebody must confirm to apply this to namespace sse (prod), but there is nobody to ask. Give YES=1."),
+        ],
+    )  # fmt: skip
+    def test_before_anything_changes(self, run, arguments, first, sentence):
+        """No cluster, a wrong context, a missing secret, a missing image, an old kubectl, and more."""
+        done = run(*arguments, first=first)
+
+        assert 1 == done.returncode, done.stderr
+        assert sentence in done.stderr
+        assert 1 == done.stderr.count("\n"), done.stderr
+        assert "Traceback" not in done.stderr
+        assert "apply" not in run.asked.split()
+
+    def test_no_kubectl(self, run):
+        """Where there is no kubectl at all."""
+        done = run(*DEPLOY, fake=False)
+
+        assert 1 == done.returncode
+        assert "kubectl 1.32 or newer must be on PATH, found none." in done.stderr
+
+    def test_versions_that_are_far_apart(self, run):
+        """A skew that Kubernetes does not support is said, and does not stop anything."""
+        done = run(*DEPLOY, first=version(client="v1.32.4"))
+
+        assert 0 == done.returncode, done.stderr
+        assert "kubectl 1.32 and the cluster 1.36 are more than one version apart" in done.stdout
+
+    def test_an_image_that_cannot_be_pulled(self, run, monkeypatch):
+        """The reason that a person needs, events and log lines, and the way back."""
+        status = {"initContainerStatuses": [], "containerStatuses": [{"state": {"waiting": {"reason": "ImagePullBackOff", "message": f'Back-off pulling image "{IMAGE}"'}}}]}
+        pods = {"items": [{"metadata": {"name": "sse-app-1"}, "status": status}]}
+        first: list[Answer] = [
+            ("rollout status deployment/sse-app", (1, "", "error: timed out waiting for the condition")),
+            ("get pods", (0, json.dumps(pods), "")),
+            ("get events", (0, "LAST SEEN  REASON\n1s  Failed to pull image\n", "")),
+            ("logs", (0, "", "")),
+        ]  # fmt: skip
+        done = run(*DEPLOY, first=first, env={"SSE_KIT_STUCK_SECONDS": "0"})
+
+        assert 1 == done.returncode
+        assert f'deployment/sse-app must come up, but sse-app-1 does not: ImagePullBackOff: Back-off pulling image "{IMAGE}"' in done.stderr
+        assert "Failed to pull image" in done.stderr
+        assert "To go back: make rollback OVERLAY=staging" in done.stderr
+
+    def test_fields_of_another_manager(self, run):
+        """A conflict is shown, never forced."""
+        first: list[Answer] = [("apply", (1, "", 'Apply failed with 1 conflict: conflict with "hpa": .spec.replicas\n'))]
+        done = run(*DEPLOY, first=first)
+
+        assert 1 == done.returncode
+        assert ".spec.replicas" in done.stderr
+        assert "No one else may own these fields" in done.stderr
+        assert "--force-conflicts" not in run.asked
+
+
+class TestWhatIsDone:
+    def test_deploy(self, run):
+        """Diff first, then one server-side apply of exactly what is rendered, then each workload is waited for."""
+        done = run(*DEPLOY)
+        lines = [line for line in run.asked.splitlines() if not line.startswith("<<<")]
+        order = [next(i for i, line in enumerate(lines) if word in line) for word in ("version", "secret sse-redis", "diff", "apply", "rollout status")]
+
+        assert 0 == done.returncode, done.stderr
+        assert sorted(order) == order
+        assert "+  replicas: 3" in done.stdout
+        assert "--server-side --field-manager=sse-kit" in next(line for line in lines if line.startswith("apply"))
+        assert f"image: {IMAGE}" in run.asked
+        assert {"deployment/sse-app", "deployment/sse-nginx", "statefulset/sse-redis"} == set(re.findall(r"rollout status (\S+)", run.asked))
+
+    def test_nothing_changes(self, run):
+        """Without a difference nothing is applied, and nobody is asked."""
+        done = run(*(a for a in DEPLOY if a != "--yes"), first=[("diff", (0, "", ""))])
+
+        assert 0 == done.returncode, done.stderr
+        assert "Nothing changes." in done.stdout
+        assert "apply" not in run.asked.split()
+
+    def test_rollback(self, run):
+        """Both Deployments go back to the version of before."""
+        done = run("rollback", "--overlay", "staging", "--yes")
+
+        assert 0 == done.returncode, done.stderr
+        assert {"deployment/sse-app", "deployment/sse-nginx"} == set(re.findall(r"rollout undo (\S+)", run.asked))
+
+    def test_undeploy_keeps_secrets_and_volumes(self, run):
+        """The namespace with Secrets and volumes stays."""
+        done = run("undeploy", "--overlay", "staging", "--yes")
+        deleted = json.loads(run.asked.split("<<< ", 1)[1].splitlines()[0])["items"]
+
+        assert 0 == done.returncode, done.stderr
+        assert {"Namespace", "Secret", "PersistentVolumeClaim"}.isdisjoint({o["kind"] for o in deleted})
+        assert {"Deployment", "StatefulSet", "Service", "ConfigMap"} <= {o["kind"] for o in deleted}
+
+    def test_render(self, run):
+        """What is printed is what would be applied."""
+        done = run("render", "--overlay", "staging", "--image", IMAGE)
+
+        assert f"image: {IMAGE}" in done.stdout
+        assert "sse-kit/app" not in done.stdout
+
+
+class TestSecrets:
+    def made(self, run: Run) -> dict[str, Any]:
+        objects = [json.loads(line[4:]) for line in run.asked.splitlines() if line.startswith("<<< ")]
+        return {o["metadata"]["name"]: o["data"] for o in objects if o["kind"] == "Secret"}
+
+    def test_at_random(self, run):
+        """All that the overlay needs, with every key, none of it on a command line or on the screen."""
+        done = run("secrets", "--overlay", "staging", "--yes", first=[(words, (0, "", "")) for words, _ in SECRETS])
+        made = self.made(run)
+
+        assert 0 == done.returncode, done.stderr
+        assert {"sse-redis": {"password", "users.acl"}, "sse-jwt": {"secret"}, "sse-tls": {"tls.crt", "tls.key"}} == {k: set(v) for k, v in made.items()}
+        assert needed_secrets(overlay("staging")) == {k: set(v) for k, v in made.items()}
+        for data in made.values():
+            for value in data.values():
+                assert value not in done.stdout + done.stderr
+        assert all("data" not in line for line in run.asked.splitlines() if not line.startswith("<<<"))
+
+    def test_what_is_there_stays(self, run):
+        """A second call makes nothing new."""
+        done = run("secrets", "--overlay", "staging", "--yes")
+
+        assert {} == self.made(run)
+        assert "Secret sse-jwt is there, and stays." in done.stdout
+
+    def test_from_outside(self, run, tmp_path):
+        """An address of a Redis and a key of tokens that are given are taken as they are."""
+        (tmp_path / "key").write_text("k" * 40 + "\n")
+        nothing: list[Answer] = [(words, (0, "", "")) for words, _ in SECRETS]
+        env = {"REDIS_URL": "rediss://sse:pw@redis.example.com:6380/0", "JWT_SECRET_FILE": str(tmp_path / "key")}
+        done = run("secrets", "--overlay", "production", "--yes", first=nothing, env=env)
+        made = self.made(run)
+
+        assert 0 == done.returncode, done.stderr
+        assert "cmVkaXNzOi8vc3NlOnB3QHJlZGlzLmV4YW1wbGUuY29tOjYzODAvMA==" == made["sse-redis"]["url"]
+        assert "a2tra2tra2tra2tra2tra2tra2tra2tra2tra2tra2tra2tra2traw==" == made["sse-jwt"]["secret"]
+
+    @pytest.mark.parametrize(
+        ("env", "sentence"),
+        [
+            ({}, "REDIS_URL must be the address of your Redis (rediss://USER:PASSWORD@HOST:PORT/0), got none."),
+            ({"REDIS_URL": "http://x"}, "got another scheme."),
+            ({"REDIS_URL": "redis://x", "JWT_SECRET_FILE": "/none"}, "JWT_SECRET_FILE must be a file that can be read, got '/none'"),
+            ({"REDIS_URL": "redis://x", "TLS_CERT": "/none"}, "TLS_CERT and TLS_KEY must both be given, or neither."),
+        ],
+    )
+    def test_what_is_missing(self, run, env, sentence):
+        """One sentence, and nothing is made."""
+        nothing: list[Answer] = [(words, (0, "", "")) for words, _ in SECRETS]
+        done = run("secrets", "--overlay", "production", "--yes", first=nothing, env=env)
+
+        assert 1 == done.returncode
+        assert sentence in done.stderr
+        assert "apply" not in run.asked.split()
+
+    def test_rights_in_redis(self, redis_factory):
+        """The application may do all but administration, on its own keys; others may only PING."""
+        server = redis_factory()
+        for line in reversed(acl("right").splitlines()):  # `default` last: that is who we are
+            connect(server).execute_command("ACL", "SETUSER", *line.split()[1:])
+
+        def may(user: str, password: str, *command: str) -> bool:
+            with redis.Redis(port=server.port, username=user, password=password) as client:
+                try:
+                    client.execute_command(*command)
+                except (redis.AuthenticationError, redis.exceptions.NoPermissionError):
+                    return False
+            return True
+
+        add = ("XADD", "{sse}:log", "*", "a", "b")
+        assert not may("default", "", "PING")
+        assert not may("sse", "wrong", "PING")
+        assert may("probe", "none", "PING")
+        assert not may("probe", "none", *add)
+        for command in (add, ("PING",), ("INFO",), ("CONFIG", "GET", "maxmemory-policy")):
+            assert may("sse", "right", *command), command
+        for command in (("XADD", "other", "*", "a", "b"), ("FLUSHALL",), ("CONFIG", "SET", "maxmemory", "1"), ("KEYS", "*"), ("SHUTDOWN",)):
+            assert not may("sse", "right", *command), command
+
+
+class TestNamesOfImages:
+    @pytest.mark.parametrize(
+        ("image", "parts"),
+        [
+            ("registry.example.com:5000/a/b:1", ("registry.example.com:5000/a/b", "1", "")),
+            ("b:1", ("b", "1", "")),
+            ("a/b@sha256:" + "0" * 64, ("a/b", "", "sha256:" + "0" * 64)),
+            ("a/b:1@sha256:" + "0" * 64, ("a/b", "1", "sha256:" + "0" * 64)),
+        ],
+    )
+    def test_parts(self, image, parts):
+        """A port is no tag; a digest stands after a tag or instead of it."""
+        assert parts == split_image(image)
+
+    @pytest.mark.parametrize("image", ["registry.example.com:5000/a/b", "b", ":1", "a@sha256:12", ""])
+    def test_without_a_version(self, image):
+        """An image without a version is another one tomorrow."""
+        with pytest.raises(Failed):
+            split_image(image)
+
+
+def test_no_dependency():
+    """deploy.py and images.py run where nothing is installed but Python."""
+    for name in ("deploy.py", "images.py"):
+        run = subprocess.run([sys.executable, "-S", "-I", str(ROOT / "k8s" / name), "--help"], capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": ""})
+
+        assert run.returncode == 0, run.stderr
+        assert "usage: " in run.stdout
