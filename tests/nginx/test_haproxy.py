@@ -247,6 +247,16 @@ class TestLimits:
 
             await comes(room, "room for a stream")
 
+    async def test_long_tokens_are_users_of_their_own(self, haproxy, toys):
+        """Tokens begin alike: two that differ at the end do not share a limit."""
+        replaced = {"sc_conn_cur(0) gt 20": "sc_conn_cur(0) gt 1"}
+        proxy, _ = await front(haproxy, toys, **replaced)
+        async with way("plain", proxy.port) as client:
+            for carrier, value in (("Authorization", "Bearer {}"), ("Cookie", "session={}")):
+                tokens = [value.format("head." * 100 + end) for end in ("a", "b", "a")]
+                statuses = [(await client.ask("/events", {carrier: token})).status for token in tokens]
+                assert [200, 200, 429] == statuses
+
     async def test_a_body_that_is_too_large(self, haproxy, toys):
         """413 is the proxy's own, as a problem document."""
         proxy, _ = await front(haproxy, toys)

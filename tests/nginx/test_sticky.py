@@ -2,6 +2,8 @@
 
 import re
 
+import pytest
+
 from tests import live
 from tests.nginx.conftest import reload
 from tests.nginx.ways import Way, way
@@ -95,7 +97,8 @@ class TestCookie:
 
 
 class TestKey:
-    async def test_a_token_is_known_by_its_end(self, nginx, toys):
+    @pytest.mark.parametrize("carrier", ["Authorization", "Cookie"])
+    async def test_a_token_is_known_by_its_end(self, nginx, toys, carrier):
         """Tokens that differ only in their signature are different users; the zones hold no whole token."""
         three = await toys(3)
         named(three)
@@ -103,7 +106,8 @@ class TestKey:
         async with way("plain", front.port) as client:
             answers = []
             for number in range(40):
-                bearer = {"Authorization": "Bearer " + "head." * 400 + f"{number:032}"}
+                token = "head." * 400 + f"{number:032}"
+                bearer = {carrier: f"Bearer {token}" if carrier == "Authorization" else f"session={token}"}
                 answers.append([bytes(await (await client.ask("/events", bearer)).whole()) for _ in range(2)])
 
         assert all(first == second for first, second in answers)
