@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Sequence
 from itertools import groupby
 from typing import Any, cast
 
-from redis.exceptions import NoScriptError, RedisError
+from redis.exceptions import NoScriptError, RedisError, ResponseError
 
 from app import redis_client
 from app.leases import BATCH, Ask, Held, Lease, LeasesUnavailable, Verdict
@@ -23,10 +23,10 @@ from app.leases import BATCH, Ask, Held, Lease, LeasesUnavailable, Verdict
 # Longest list of topics that a lease keeps, in bytes: it is for people to look at.
 _TOPICS_BYTES = 500
 
-# KEYS of each script on one user: streams, leaving, processes, control log.
+# KEYS of each script: processes, control log, then streams and leaving of each user.
 # ARGV of each: limit, how long the keys live (ms), how long notices do (ms), then its own.
 _COMMON = """
-local streams, leaving, processes, control = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
+local processes, control, streams, leaving = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local limit = tonumber(ARGV[1])
 local time = redis.call('TIME')
 local now = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
@@ -83,47 +83,64 @@ local function full()
 end
 """
 
-# ARGV from 4: process, member, topics, '1' if another may have to leave, user,
-# the member whose place it is to have (or nothing).
-_TAKE = (
+# What has gone and what is asked for, of many users in one script: a command of
+# its own for each would cost this process several times as much.
+# ARGV from 4: process, how many have gone, their members, then for each who
+# asks: member, topics, '1' if another may have to leave, user, the member whose
+# place it is to have (or nothing). Returns a verdict for each who asks.
+_WORK = (
     _COMMON
     + """
-local process, member, topics = ARGV[4], ARGV[5], ARGV[6]
-if not alive(process) then return 'lapsed' end
-if not full() then
-  place(member, now_text .. ' ' .. topics)
-  return 'granted'
-end
-local oldest, opened
-local all = redis.call('HGETALL', streams)
-if redis.call('HEXISTS', streams, ARGV[9]) == 1 then
-  all = {ARGV[9], redis.call('HGET', streams, ARGV[9])}
-elseif ARGV[7] ~= '1' then
-  return 'full'
-end
-for at = 1, #all, 2 do
-  local heir = redis.call('HGET', leaving, all[at])
-  -- One that was asked already, for somebody who gave up, goes first.
-  local since = heir == '' and -1 or tonumber(string.match(all[at + 1], '^%d+')) or 0
-  if (not heir or heir == '') and (not opened or since < opened) then oldest, opened = all[at], since end
-end
-if not oldest then return 'full' end
-redis.call('HSET', leaving, oldest, member .. ' ' .. topics)
-keep(leaving)
-tell('kind', 'evict', 'user', ARGV[8], 'member', oldest)
-return 'waiting'
-"""
-)
+local process, gone = ARGV[4], tonumber(ARGV[5])
 
-# ARGV from 4: member.
-_DROP = (
-    _COMMON
-    + """
-local waits = redis.call('HGETALL', leaving)
-for at = 1, #waits, 2 do
-  if string.sub(waits[at + 1], 1, #ARGV[4] + 1) == ARGV[4] .. ' ' then redis.call('HSET', leaving, waits[at], '') end
+local function give_back(member)
+  local waits = redis.call('HGETALL', leaving)
+  for at = 1, #waits, 2 do
+    if string.sub(waits[at + 1], 1, #member + 1) == member .. ' ' then redis.call('HSET', leaving, waits[at], '') end
+  end
+  drop(member)
 end
-drop(ARGV[4])
+
+local function take(member, topics, evict, user, instead)
+  if not alive(process) then return 'lapsed' end
+  if not full() then
+    place(member, now_text .. ' ' .. topics)
+    return 'granted'
+  end
+  local oldest, opened
+  local all = redis.call('HGETALL', streams)
+  if redis.call('HEXISTS', streams, instead) == 1 then
+    all = {instead, redis.call('HGET', streams, instead)}
+  elseif evict ~= '1' then
+    return 'full'
+  end
+  for at = 1, #all, 2 do
+    local heir = redis.call('HGET', leaving, all[at])
+    -- One that was asked already, for somebody who gave up, goes first.
+    local since = heir == '' and -1 or tonumber(string.match(all[at + 1], '^%d+')) or 0
+    if (not heir or heir == '') and (not opened or since < opened) then oldest, opened = all[at], since end
+  end
+  if not oldest then return 'full' end
+  redis.call('HSET', leaving, oldest, member .. ' ' .. topics)
+  keep(leaving)
+  tell('kind', 'evict', 'user', user, 'member', oldest)
+  return 'waiting'
+end
+
+local verdicts = {}
+local arg = 6
+for key = 3, #KEYS, 2 do
+  streams, leaving = KEYS[key], KEYS[key + 1]
+  if gone > 0 then
+    gone = gone - 1
+    give_back(ARGV[arg])
+    arg = arg + 1
+  else
+    verdicts[#verdicts + 1] = take(unpack(ARGV, arg, arg + 4))
+    arg = arg + 5
+  end
+end
+return verdicts
 """
 )
 
@@ -197,17 +214,16 @@ class RedisLeases:
         self._args: list[str | int] = [limit, keep_ms, keep_ms]
         self._redis = redis_client.client(url, timeout_seconds=timeout_seconds, max_connections=4)
         self._scripts = {
-            text: self._redis.register_script(text) for text in (_TAKE, _DROP, _RESTORE, _HELD, _REVOKE, _RENEW)
+            text: self._redis.register_script(text) for text in (_WORK, _RESTORE, _HELD, _REVOKE, _RENEW)
         }
 
     async def work(self, gone: Sequence[Lease], asks: Sequence[Ask]) -> list[Verdict]:
-        calls = [self._call(_DROP, lease.user, lease.member) for lease in gone]
-        calls += [
-            self._call(_TAKE, lease.user, self._process, lease.member, _topics(lease), int(evict), lease.user, instead)
-            for lease, evict, instead in asks
-        ]
-        answers = await self._run(calls)
-        return [cast(Verdict, answer.decode()) for answer in answers[len(gone) :]]
+        keys = self._keys(*(lease.user for lease in gone), *(ask.lease.user for ask in asks))
+        args: list[str | int] = [*self._args, self._process, len(gone), *(lease.member for lease in gone)]
+        for lease, evict, instead in asks:
+            args += (lease.member, _topics(lease), int(evict), lease.user, instead)
+        [verdicts] = await self._run([(_WORK, keys, args)])
+        return [cast(Verdict, verdict.decode()) for verdict in verdicts]
 
     async def renew(self) -> bool:
         keys = [self._tag + "processes"]
@@ -255,9 +271,14 @@ class RedisLeases:
         await redis_client.close(self._redis)
 
     def _call(self, script: str, user: str, *args: str | int) -> tuple[str, list[str], list[str | int]]:
+        return script, self._keys(user), [*self._args, *args]
+
+    def _keys(self, *users: str) -> list[str]:
         tag = self._tag
-        keys = [f"{tag}streams:{user}", f"{tag}leaving:{user}", tag + "processes", tag + "control"]
-        return script, keys, [*self._args, *args]
+        keys = [tag + "processes", tag + "control"]
+        for user in users:
+            keys += (f"{tag}streams:{user}", f"{tag}leaving:{user}")
+        return keys
 
     async def _run(self, calls: Sequence[tuple[str, list[str], list[str | int]]]) -> list[Any]:
         """Run *calls* in one round trip; a server that forgot the scripts gets them again."""
@@ -276,6 +297,14 @@ class RedisLeases:
         return answers
 
     async def _ask(self, calls: Sequence[tuple[str, list[str], list[str | int]]]) -> list[Any]:
+        if len(calls) == 1:
+            [(script, keys, args)] = calls
+            try:
+                return [await _told(self._redis.evalsha(self._scripts[script].sha, len(keys), *keys, *args))]
+            except LeasesUnavailable as error:
+                if isinstance(error.__cause__, ResponseError):
+                    return [error.__cause__]  # as the pipeline has it
+                raise
         batch = self._redis.pipeline(transaction=False)
         for script, keys, args in calls:
             batch.execute_command("EVALSHA", self._scripts[script].sha, len(keys), *keys, *args)
