@@ -16,6 +16,7 @@ it was published, in ns of CLOCK_MONOTONIC.
 
 import asyncio
 import ctypes
+import itertools
 import json
 import resource
 import signal
@@ -363,8 +364,9 @@ async def _churn(audience: Audience, port: int, at_once: int) -> None:
     """Open and leave streams for ever, *at_once* at a time."""
 
     async def visitor(number: int) -> None:
-        while True:
-            seat = Seat(audience, port, f"/events?topic=churn&user=v{number}", None)
+        for visit in itertools.count():
+            # Another user each time: one who connects in a loop is slowed down.
+            seat = Seat(audience, port, f"/events?topic=churn&user=v{number}-{visit}", None)
             opened = asyncio.Event()
             seat.on_open = opened.set
             seat.connect()
