@@ -58,7 +58,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--port", type=int, default=8080, help="port of the local stack (default: 8080)")
     made.add_argument("--apps", type=int, default=2, help="application processes of a stack that is started")
     made.add_argument("--processes", type=int, default=1, help="generator processes on this machine (default: 1)")
-    made.add_argument("--web", action="store_true", help="Locust's web page on port 8089 instead of starting at once")
+    made.add_argument("--web", action="store_true", help="Locust's web page instead of starting at once")
+    made.add_argument("--web-port", type=int, default=8089, help="port of that page (default: 8089)")
     made.add_argument("--master", action="store_true", help="lead --expect-workers workers on other machines")
     made.add_argument("--expect-workers", type=int, default=1, help="workers that the master waits for")
     made.add_argument("--master-port", type=int, default=5557, help="port of the master (default: 5557)")
@@ -80,8 +81,10 @@ def main(arguments: list[str]) -> int:
     options.secret = options.secret or os.environ.get("SSE_LOADTEST_SECRET", "")
     from loadtest.scenario import ScenarioError
 
-    # A run in CI is ended by SIGTERM: what was started must end, as at Ctrl-C.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # A run in CI is ended by SIGTERM: what was started must end, as at Ctrl-C, which a
+    # shell turns off for what it runs in the background.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.default_int_handler)
     try:
         if options.worker:
             return _locust(options, ["--worker", "--master-host", options.worker])
@@ -248,7 +251,7 @@ def _run(options: argparse.Namespace) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     result = folder / "result.json"
     result.unlink(missing_ok=True)
-    more = [] if options.web else ["--headless"]
+    more = ["--web-port", str(options.web_port)] if options.web else ["--headless"]
     if options.master:
         more += [
             "--master",

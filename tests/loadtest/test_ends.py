@@ -2,11 +2,14 @@
 However a run of the load test ends: a clear sentence, the results so far, the right exit code.
 """
 
+import contextlib
+import json
 import resource
 import signal
 import subprocess
 import sys
 import time
+import urllib.request
 
 import jwt
 import pytest
@@ -134,6 +137,43 @@ class TestMeanwhile:
         assert 1 == run.end(60), run.output
         assert "FAILED: every stream was refused for ever: 8 times 401" in run.lines[-1]
         assert (8, 8) == (run.figures["gave_up"], run.result["refused"]["401"])
+
+
+class TestWebPage:
+    def test_figures(self, tmp_path, server):
+        """Locust's own page starts the run, and has our figures in its tables; /streams has the report."""
+        truth = server()
+        port, holder = reserve_port()
+        if holder is not None:
+            holder.close()
+        run = Run(tmp_path, truth.url, PATIENT, "--web", f"--web-port={port}", seconds=3)
+
+        def get(path: str, body: bytes | None = None) -> str:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", body, timeout=10) as answer:
+                return answer.read().decode()
+
+        def until(path: str, text: str) -> str:
+            deadline = time.monotonic() + 60
+            while time.monotonic() < deadline:
+                with contextlib.suppress(OSError):
+                    if text in (answer := get(path)):
+                        return answer
+                time.sleep(0.1)
+            raise TimeoutError(f"{path} never had {text!r}: {run.output}")
+
+        until("/streams", "No run yet")
+        get("/swarm", b"user_count=1&spawn_rate=1")
+        until("/streams", "lost 0")
+        report = until("/streams", "</svg>")
+        rows = {row["name"]: row for row in json.loads(get("/stats/requests"))["stats"]}
+        run.process.send_signal(signal.SIGINT)
+
+        run.end(30)
+        assert "passed: " in report
+        assert (8, "SSE") == (rows["open"]["num_requests"], rows["open"]["method"])
+        # The figures of the last half second are in the report alone.
+        assert 0 < rows["delivery"]["num_requests"] <= run.figures["deliveries"]
+        assert run.figures["lost"] == 0
 
 
 class TestSeveralProcesses:
