@@ -41,6 +41,7 @@ def start(clone: Path) -> subprocess.Popen[str]:
 
 
 class TestPython:
+    @pytest.mark.timeout(300)  # it makes an environment, and installs into it twice
     def test_two_at_once_behind_a_dead_shim(self, tmp_path: Path):
         """
         A shim that only prints an error is passed over for pyenv's versions, one of two makes

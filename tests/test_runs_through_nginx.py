@@ -8,6 +8,8 @@ import asyncio
 import json
 from pathlib import Path
 
+import pytest
+
 from app.stack import reserve_port
 from tests.live import logged
 from tests.scripted_server import Exchange, serving
@@ -35,6 +37,7 @@ console.log(JSON.stringify({ text, opens, last }));
 """
 
 
+@pytest.mark.timeout(360)  # 8 s of tokens and two restarts; on a busy machine minutes
 async def test_two_thousand_tokens_while_processes_are_restarted(stack, require):
     """
     The text is byte for byte the upstream's, whichever processes come and go.
@@ -61,7 +64,7 @@ async def test_two_thousand_tokens_while_processes_are_restarted(stack, require)
         "SSE_RETRY_MS": "50",
     }
     kit = await asyncio.to_thread(stack, apps=3, env=env)
-    async with serving(model, port=port, seconds=100) as upstream:
+    async with serving(model, port=port, seconds=300) as upstream:
         reading = await asyncio.create_subprocess_exec(
             node, "--input-type=module", "-e", READ % json.dumps(CLIENT.as_uri()), kit.url,
             stdout=asyncio.subprocess.PIPE, limit=1 << 24,
