@@ -22,7 +22,7 @@ import httpx2
 
 from app.parser import Parser, ServerSentEvent
 
-__all__ = ["GaveUp", "Refused", "ServerSentEvent", "StreamReset", "listen", "publish"]
+__all__ = ["GaveUp", "Refused", "RunFailed", "ServerSentEvent", "StreamReset", "listen", "publish", "run"]
 
 EARLIEST = "earliest"
 # A stream that is silent for so many heartbeats is dead, whatever TCP says.
@@ -75,6 +75,15 @@ class GaveUp(Exception):
         super().__init__(f"the events {fate}: {cause}")
 
 
+class RunFailed(Exception):
+    """A run ended with `run.failed`; *problem* has its reason, name, rule, value and cure."""
+
+    def __init__(self, problem: dict[str, Any]) -> None:
+        self.problem = problem
+        self.reason = str(problem.get("reason", ""))
+        super().__init__(f"the run failed ({self.reason}): {problem.get('detail', '')}")
+
+
 class StreamReset(ServerSentEvent):
     """
     Events were lost between the one before and the next: fetch your state again.
@@ -113,6 +122,7 @@ async def listen(
     client: httpx2.AsyncClient | None = None,
     retry_ms: int = 1000,
     silence_seconds: float = SILENCE_SECONDS,
+    _run: "_Run | None" = None,
 ) -> AsyncGenerator[ServerSentEvent]:
     """
     Yield the events of *topics* in order, each once, and reconnect for as long as it takes.
@@ -138,7 +148,7 @@ async def listen(
     Raises:
         Refused: A 4xx other than 408, 425 and 429, or an answer that is no event stream.
     """
-    params: dict[str, str | Sequence[str]] = {"topic": topics}
+    params: dict[str, str | Sequence[str]] = {"topic": topics} if _run is None else {}
     if user is not None:
         params["user"] = user
     position = "" if last_event_id == EARLIEST else last_event_id
@@ -146,9 +156,19 @@ async def listen(
 
     def request() -> httpx2.Request:
         fresh = last_event_id == EARLIEST and not position
+        if _run is not None and not _run.id:
+            own = {"Content-Type": "application/json", "Idempotency-Key": _run.key, **(headers or {})}
+            return http.build_request(
+                "POST",
+                url.rstrip("/") + "/runs",
+                params=params,
+                content=json.dumps(_run.body),
+                headers=_stream_headers(own, ""),
+                timeout=None,
+            )
         return http.build_request(
             "GET",
-            url.rstrip("/") + "/events",
+            url.rstrip("/") + ("/events" if _run is None else f"/runs/{_run.id}/events"),
             params={**params, "last_event_id": EARLIEST} if fresh else params,
             headers=_stream_headers(headers, position),
             timeout=None,
@@ -177,6 +197,8 @@ async def listen(
                                 if event.event == "stream.open":
                                     opened = _json_object(event.data)
                                     silence = _silence(opened, silence)
+                                    if _run is not None and not _run.id:
+                                        _run.id = str(opened["topics"][0]).removeprefix("run:")
                                     if on_open is not None:
                                         on_open(opened)
                                 elif event.event == "stream.reset":
@@ -227,6 +249,55 @@ async def listen(
                 [following] = await asyncio.gather(successor, return_exceptions=True)  # type: ignore[assignment]
             if isinstance(following, _Stream):
                 await following.response.aclose()
+
+
+async def run(
+    url: str,
+    body: Mapping[str, Any],
+    *,
+    user: str | None = None,
+    headers: Mapping[str, str] | None = None,
+    on_open: OnOpen | None = None,
+    on_wait: OnWait | None = None,
+    client: httpx2.AsyncClient | None = None,
+) -> AsyncGenerator[ServerSentEvent]:
+    """
+    Start a run, such as ``{"kind": "chat", "prompt": "Hello"}``, and yield its events to `run.done`.
+
+    Whatever becomes of the connection or the process, it goes on where it was. The POST is
+    repeated under one Idempotency-Key, so that one run is started. The other arguments are
+    those of `listen`.
+
+    Raises:
+        RunFailed: The run ended with `run.failed`.
+        Refused: The server does not start it.
+    """
+    events = listen(
+        url,
+        (),
+        user=user,
+        headers=headers,
+        on_open=on_open,
+        on_wait=on_wait,
+        client=client,
+        _run=_Run(body, secrets.token_urlsafe(18)),
+    )
+    async with aclosing(events):
+        async for event in events:
+            if event.event == "run.failed":
+                raise RunFailed(_json_object(event.data))
+            yield event
+            if event.event == "run.done":
+                return
+
+
+@dataclass(slots=True)
+class _Run:
+    """What is started, under which Idempotency-Key; its id, when it is known."""
+
+    body: Mapping[str, Any]
+    key: str
+    id: str = ""
 
 
 async def publish(

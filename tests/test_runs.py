@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from app import client
 from app.parser import Parser
 from app.stack import App, reserve_port
 from tests.live import (
@@ -25,6 +26,7 @@ from tests.live import (
     LOG,
     SCALED,
     Answer,
+    Proxy,
     Site,
     Subscriber,
     _head,
@@ -482,6 +484,43 @@ async def _more(app, before):
     after = await metrics(app)
     name = 'sse_runs_ended_total{how="done"}'
     return after if after[name] == before.get(name, 0) + 1 and after["sse_runs_open"] == 0 else None
+
+
+class TestPythonClient:
+    async def test_run_across_a_drain(self, apps):
+        """
+        `app.client.run` reads a run to its end, whichever process it is read from.
+        """
+        texts = [f"{number} " for number in range(60)]
+        maker, opens = apps.app(), []
+        door = Proxy(maker.port)
+        url = f"http://127.0.0.1:{door.port}"
+        async with apps.model(says(*texts, pause=0.03)) as model:
+            text, stopping = "", None
+            async for event in client.run(url, CHAT, on_open=lambda opened: opens.append(opened["process"])):
+                if event.event == "run.token":
+                    text += json.loads(event.data)["text"]
+                if stopping is None and text:
+                    door.target = apps.a.port
+                    stopping = asyncio.create_task(asyncio.to_thread(maker.stop))
+            await stopping
+        door.close()
+
+        assert "".join(texts) == text
+        assert "run.done" == event.event
+        assert 2 == len(set(opens))
+        assert 1 == len(model.requests)
+
+    async def test_failure(self, apps):
+        """
+        `run.failed` is raised, with its reason.
+        """
+        async with apps.model(refusing(500)):
+            with pytest.raises(client.RunFailed) as failed:
+                async for _ in client.run(apps.a.url, CHAT):
+                    pass
+
+        assert "upstream_refused" == failed.value.reason
 
 
 class TestTask:
