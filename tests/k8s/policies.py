@@ -475,6 +475,8 @@ def nginx_files(objects: list[Object]) -> Iterator[str]:
     folder = ROOT / "nginx"
     wanted = {str(p.relative_to(folder)): p.read_text() for p in [*folder.rglob("*.conf"), folder / "upstream.sh"]}
     wanted = {k: v for k, v in wanted.items() if k != "upstream.conf" and not fnmatch(k, "templates/*")}
+    # The form for a name stands in the usual one's place.
+    wanted["snippets/sse-sticky.conf"] = wanted.pop("snippets/sse-sticky.resolve.conf")
     for name in sorted(set(wanted) | set(deployed)):
         if wanted.get(name) != deployed.get(name):
             yield f"{name} must be deployed as it is in nginx/"

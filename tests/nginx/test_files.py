@@ -71,6 +71,7 @@ class TestSyntax:
         ("old", "new"),
         [
             ("snippets/sse-sticky.conf", "snippets/sse-sticky-cookie.conf"),
+            ("snippets/sse-sticky.conf", "snippets/sse-sticky.resolve.conf"),
             ("snippets/sse-real-ip.conf", "snippets/sse-proxy-protocol.conf"),
         ],
     )
@@ -188,9 +189,12 @@ class TestComments:
         """No snippet is forgotten where people look, nor where Kubernetes takes them."""
         readme = (NGINX / "README.md").read_text()
         kustomization = (NGINX / "kustomization.yaml").read_text()
+        # One may stand in another's place: NAME=snippets/OTHER.
+        mapped = set(re.findall(r"(?m)^ +- snippets/(\S+)$", kustomization))
+        mapped |= {name for pair in re.findall(r"(?m)^ +- (\S+)=snippets/(\S+)$", kustomization) for name in pair}
         for name in SNIPPETS:
             assert f"(snippets/{name})" in readme, name
-            assert f"- snippets/{name}\n" in kustomization, name
+        assert set(SNIPPETS) == mapped
 
     def test_the_floor_is_one(self):
         """The security floor is the same in the README and in what fetches nginx for tests."""

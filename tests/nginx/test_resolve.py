@@ -19,7 +19,7 @@ from app.stack import ROOT
 from tests import live
 from tests.crowd import becomes
 from tests.faults.parts import Network
-from tests.nginx.conftest import NATIVE, Toy, workers
+from tests.nginx.conftest import NATIVE, Toy, reload, workers
 from tests.nginx.names import NXDOMAIN, SERVFAIL, NameServer
 from tests.nginx.ways import Way, way
 
@@ -90,6 +90,36 @@ class TestFollowing:
                 assert not stream.ended
         assert before == workers(front)
         assert {NAME} == set(names.asked)
+        names.close()
+
+    async def test_one_user_one_address(self, nginx, toys):
+        """Stickiness behind a name has a form of its own; the usual one would go round."""
+        four = await addresses(toys, 69)
+        names = await NameServer.start(*[toy.address for toy in four])
+        front = nginx([], files=following(names, four[0].port))
+        usual = front.prefix / "snippets/sse-sticky.conf"
+
+        async def places() -> list[set[str]]:
+            found = []
+            async with way("plain", front.port) as client:
+                await becomes_reached(client, {toy.address for toy in four})
+                for toy in four:
+                    toy.answer = 200
+                for user in range(16):
+                    answers = [await client.ask(f"/events?user={user}") for _ in range(6)]
+                    found.append({(await answer.whole()).decode() for answer in answers})
+                for toy in four:
+                    toy.answer = None
+            return found
+
+        went_round = await places()
+        usual.write_text((front.prefix / "snippets/sse-sticky.resolve.conf").read_text())
+        await reload(front)
+        stayed = await places()
+
+        assert all(len(found) > 1 for found in went_round)
+        assert all(len(found) == 1 for found in stayed), stayed
+        assert 4 == len(set().union(*stayed))
         names.close()
 
     @pytest.mark.parametrize("trouble", ["servfail", "dead"])
