@@ -94,8 +94,9 @@ class TestADrain:
             if event.event == "stream.draining"
         ]
         leads = sorted(end - at for at, end in warned)
-        assert leads[0] > 0.7 * LEAD
-        assert leads[count // 2] < LEAD + 0.5
+        # A client on a busy machine may read the word late.
+        assert leads[0] > 0
+        assert 0.7 * LEAD < leads[count // 2] < LEAD + 0.5
         tenths_warned = Counter(int((at - told) / (DRAIN - LEAD) * 10) for at, _ in warned)
         assert max(tenths_warned.values()) <= 3 * count / 10, tenths_warned
         assert ends[0] > LEAD - 0.05

@@ -1,7 +1,7 @@
 """
 A long answer, read through nginx by the browser's client while processes are restarted one after another.
 
-The client runs in Node here; in Chromium it has tests/browser/test_sse_client.py.
+The client runs in Node here; in Chromium it has tests/browser/test_client_in_chromium.py.
 """
 
 import asyncio

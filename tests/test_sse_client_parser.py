@@ -1,7 +1,7 @@
 """
 The browser client's parser passes the same cases as the application's, and the file stays small.
 
-Here in Node; tests/browser/test_sse_client.py has the same in Chromium, and all else of the client.
+Here in Node; tests/browser/test_client_in_chromium.py has the same in Chromium, and all else of the client.
 """
 
 import gzip

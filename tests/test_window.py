@@ -511,7 +511,9 @@ class TestBytes:
         finally:
             tracemalloc.stop()
 
-        assert real <= window.bytes <= 3 * real
+        # Threads of other tests in this process may take a little meanwhile.
+        assert real <= 1.05 * window.bytes
+        assert window.bytes <= 3 * real
 
 
 topics = st.sampled_from(["a", "b", "a/1", "a/2", "user:ann", "c"])
