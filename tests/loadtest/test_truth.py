@@ -111,7 +111,8 @@ class TestTime:
         truth = server()
         script = tmp_path / "iter_lines.py"
         script.write_text(_ITER_LINES)
-        run = Run(tmp_path, truth.url, PATIENT, seconds=6, rate=10)
+        # As long as the other client may take to start on a busy machine.
+        run = Run(tmp_path, truth.url, PATIENT, seconds=15, rate=10)
         run.until("hold")
 
         wrong = subprocess.run(
@@ -121,8 +122,9 @@ class TestTime:
         assert 0 == run.end(), run.output
         assert 0 == wrong.returncode, wrong.stderr
         # The same events of the same run: 250 bytes each, so four of them fill the buffer.
-        assert float(wrong.stdout.split()[-1]) > 150, wrong.stdout + wrong.stderr
-        assert run.figures["delivery_p50_ms"] < 60
+        late = float(wrong.stdout.split()[-1])
+        assert late > 150, wrong.stdout + wrong.stderr
+        assert run.figures["delivery_p50_ms"] < late / 2
 
     def test_saturated(self, tmp_path, server):
         """A generator that can't keep up is void, whatever it measured."""
@@ -144,10 +146,12 @@ import gevent
 
 session = FastHttpSession(sys.argv[1], events.request, None)
 late = []
-with gevent.Timeout(3, False):
+with gevent.Timeout(15, False):
     for line in session.iter_lines("/events?topic=loadtest%2F0", headers={"Accept-Encoding": "identity"}):
         line = line.decode() if isinstance(line, bytes) else line
         if line.startswith("data: sse1 "):
             late.append(time.time() * 1000 - int(line.split(" ")[4]) / 1000)
+            if len(late) == 16:
+                break
 print(len(late), statistics.median(late))
 """
