@@ -2,6 +2,7 @@
 
 import pytest
 
+from app.stack import reserve_port
 from tests.loadtest.runs import PATIENT, Run
 
 SECRET = "a secret of 32 bytes, for tests!"
@@ -34,9 +35,12 @@ class TestStorm:
     def test_resumes(self, tmp_path, stack):
         """Every stream breaks in the same moment, and misses nothing; two generator processes."""
         kit = stack(apps=2)
+        port, holder = reserve_port()
+        if holder is not None:
+            holder.close()
 
         run = Run(
-            tmp_path, kit.url, PATIENT, "--processes=2", f"--master-port={kit.nginx.port + 1}", "--streams=40", seconds=4,
+            tmp_path, kit.url, PATIENT, "--processes=2", f"--master-port={port}", "--streams=40", seconds=4,
             per=10, scenario="actions = [{ at = 1, do = 'disconnect', share = 1.0 }]",
         )  # fmt: skip
 
