@@ -46,55 +46,55 @@ mirror=$(apt-get indextargets --format '$(IDENTIFIER) $(ORIGIN) $(COMPONENT) $(R
     awk '$1 == "URIs:" || $1 == "deb" { for (i = 2; i <= NF; i++) if ($i ~ /\/debian\/?$/) { print $i; exit } }')
 [ -n "$mirror" ] || cannot "apt-get knows no mirror of Debian"
 
-work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
+room=$(mktemp -d)
+trap 'rm -rf "$room"' EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM HUP
-mkdir -p "$work/lists/partial" "$work/cache/archives/partial" "$work/parts" "$work/root" "$work/debs"
+mkdir -p "$room/lists/partial" "$room/cache/archives/partial" "$room/parts" "$room/unpacked" "$room/debs"
 keys=/usr/share/keyrings/debian-archive-keyring.gpg
 signed=''
 [ ! -e $keys ] || signed="[signed-by=$keys] "
-say "deb ${signed}$mirror sid main" >"$work/sources.list"
+say "deb ${signed}$mirror sid main" >"$room/sources.list"
 # A root-started apt-get fetches as user _apt, who must get at the folder.
-chmod -R a+rX "$work"
+chmod -R a+rX "$room"
 aside() {
-    apt-get -q -o Dir::Etc::SourceList="$work/sources.list" -o Dir::Etc::SourceParts="$work/parts" \
-        -o Dir::State::Lists="$work/lists" -o Dir::Cache="$work/cache" \
+    apt-get -q -o Dir::Etc::SourceList="$room/sources.list" -o Dir::Etc::SourceParts="$room/parts" \
+        -o Dir::State::Lists="$room/lists" -o Dir::Cache="$room/cache" \
         -o Acquire::Languages=none -o Acquire::IndexTargets::deb::Contents-deb::DefaultEnabled=false \
         -o APT::Sandbox::User="$(id -un)" -o Acquire::Retries=3 "$@"
 }
 say "Fetching nginx $floor or later from the system's own mirror into $folder; nothing is installed."
-aside update >"$work/log" 2>&1 || { tail -n 5 "$work/log" >&2; cannot "the mirror has no unstable suite (see above)"; }
+aside update >"$room/log" 2>&1 || { tail -n 5 "$room/log" >&2; cannot "the mirror has no unstable suite (see above)"; }
 wanted=$(for package in $packages; do printf '%s/sid ' "$package"; done)
 # shellcheck disable=SC2086 # words, not one argument
-(cd "$work/debs" && aside download $wanted) >"$work/log" 2>&1 ||
-    { tail -n 5 "$work/log" >&2; cannot "its packages could not be downloaded (see above)"; }
-for deb in "$work"/debs/*.deb; do dpkg-deb -x "$deb" "$work/root"; done
+(cd "$room/debs" && aside download $wanted) >"$room/log" 2>&1 ||
+    { tail -n 5 "$room/log" >&2; cannot "its packages could not be downloaded (see above)"; }
+for deb in "$room"/debs/*.deb; do dpkg-deb -x "$deb" "$room/unpacked"; done
 
-loader=$(cd "$work/root" && find . -name 'ld-linux*.so.*' | head -n 1)
-library=$(cd "$work/root" && dirname "$(find . -name 'libc.so.6' | head -n 1)")
-ssl=$(cd "$work/root" && dirname "$(find . -name 'libssl.so.3' | head -n 1)")
-[ -n "$loader" ] && [ -x "$work/root/usr/sbin/nginx" ] || cannot "its packages have another shape than expected"
-mkdir -p "$work/nginx/lib"
+loader=$(cd "$room/unpacked" && find . -name 'ld-linux*.so.*' | head -n 1)
+library=$(cd "$room/unpacked" && dirname "$(find . -name 'libc.so.6' | head -n 1)")
+ssl=$(cd "$room/unpacked" && dirname "$(find . -name 'libssl.so.3' | head -n 1)")
+[ -n "$loader" ] && [ -x "$room/unpacked/usr/sbin/nginx" ] || cannot "its packages have another shape than expected"
+mkdir -p "$room/nginx/lib"
 # Only what runs: the loader, the libraries and nginx itself.
-cp -L "$work/root/usr/sbin/nginx" "$work/nginx/nginx-binary"
-cp -L "$work/root/$loader" "$work/nginx/lib/loader"
+cp -L "$room/unpacked/usr/sbin/nginx" "$room/nginx/nginx-binary"
+cp -L "$room/unpacked/$loader" "$room/nginx/lib/loader"
 for name in libc.so.6 libcrypt.so.1 libpcre2-8.so.0 libssl.so.3 libcrypto.so.3 libz.so.1 libgcc_s.so.1 \
     libzstd.so.1 libdl.so.2 libpthread.so.0 libm.so.6 libnss_files.so.2 libnss_compat.so.2; do
-    for from in "$work/root/$library" "$work/root/$ssl"; do
-        [ ! -e "$from/$name" ] || cp -L "$from/$name" "$work/nginx/lib/$name"
+    for from in "$room/unpacked/$library" "$room/unpacked/$ssl"; do
+        [ ! -e "$from/$name" ] || cp -L "$from/$name" "$room/nginx/lib/$name"
     done
 done
-cat >"$work/nginx/nginx" <<'WRAPPER'
+cat >"$room/nginx/nginx" <<'WRAPPER'
 #!/bin/sh
 # Written by .make/nginx.sh: nginx under the loader and libraries that it came with.
 here=$(cd "$(dirname "$0")" && pwd)
 exec "$here/lib/loader" --library-path "$here/lib" "$here/nginx-binary" "$@"
 WRAPPER
-chmod 755 "$work/nginx/nginx" "$work/nginx/lib/loader" "$work/nginx/nginx-binary"
+chmod 755 "$room/nginx/nginx" "$room/nginx/lib/loader" "$room/nginx/nginx-binary"
 mkdir -p .cache
 rm -rf "$folder"
-mv "$work/nginx" "$folder"
+mv "$room/nginx" "$folder"
 found=$(version)
 [ -n "$found" ] || { rm -rf "$folder"; cannot "what was fetched does not start"; }
 at_least "$found" "$floor" || cannot "the mirror has nginx $found"
