@@ -23,8 +23,27 @@ def mount(source: str, target: str, kind: str = "", flags: int = 0, data: str = 
         raise OSError(ctypes.get_errno(), f"mount {source} on {target}")
 
 
+def contain() -> None:
+    """
+    Go on as the first process of a PID namespace, as a container's command does.
+
+    When it ends, or whoever waits for it is killed, all that it started ends with
+    it: nginx's workers too. The process that waits hands signals on.
+    """
+    os.unshare(os.CLONE_NEWPID)
+    child = os.fork()
+    if not child:
+        return
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
+        signal.signal(number, lambda n, _: os.kill(child, n))
+    # Whoever started this is its life.
+    _libc.prctl(1, signal.SIGKILL)
+    os._exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) & 255)
+
+
 def main() -> None:
     spec = json.loads(Path(sys.argv[1]).read_text())
+    contain()
     with Path(spec["netns"]).open() as netns:
         os.setns(netns.fileno(), os.CLONE_NEWNET)
     os.unshare(os.CLONE_NEWNS)
@@ -60,7 +79,7 @@ def main() -> None:
     os.setgroups(spec["groups"])
     os.setgid(spec["gid"])
     os.setuid(spec["uid"])
-    # After the change of user, which takes it away: whoever started this is its life.
+    # After the change of user, which takes it away.
     _libc.prctl(1, signal.SIGKILL)
     os.execvpe(spec["argv"][0], spec["argv"], spec["env"])
 

@@ -456,6 +456,9 @@ class Pod:
             time.sleep(0.01)
         if not self.cluster.stopping.is_set():
             self._end()
+            # Its address is refused, not forgotten, until the news have reached those who connect.
+            self.kill()
+            self.cluster.stopping.wait(max(0.0, self.deleted_at + self.cluster.news_seconds * SCALE - time.monotonic()))
         self.kill()
         self.remove()
         with self.cluster.lock:
