@@ -20,8 +20,6 @@ TESTS ?= tests
 WORKERS ?= 3
 # It counts what its own process holds, so no other test may have been there.
 ALONE := tests/test_handoff.py
-# How long `make fuzz` goes on.
-SECONDS ?= 600
 # `make loadtest`: see loadtest/README.md; empty ones are the scenario's own.
 HOST ?=
 SCENARIO ?= smoke
@@ -136,7 +134,7 @@ lint: test-venv ## Check style, types and who may import what.
 
 .PHONY: fuzz
 fuzz: test-venv ## Feed the parsers with nonsense for SECONDS=600.
-	@FUZZ_SECONDS=$(SECONDS) $(PYTHON) -m pytest -q tests/test_fuzz.py
+	@FUZZ_SECONDS=$(or $(SECONDS),600) $(PYTHON) -m pytest -q tests/test_fuzz.py
 
 .PHONY: nginx-check
 nginx-check: test-packages test-venv ## Test nginx's files: syntax in every form, gixy, behaviour on 1.30.

@@ -82,6 +82,12 @@ class TestMakefile:
         expected = {"help", "up", "down", "status", "logs", "run", "feed", "test", "lint", "lock", "bench", "clean"}
         assert set() == expected - targets
 
+    def test_variables_have_one_default(self):
+        """The second of two defaults would never count: a load test without SECONDS= once lasted as long as `make fuzz`."""
+        names = re.findall(r"(?m)^(\w+) [?:]=", (ROOT / "Makefile").read_text())
+
+        assert sorted(set(names)) == sorted(names)
+
     def test_recipes_are_short(self):
         """A recipe of more than five lines is a script or a module."""
         recipes = re.findall(r"(?m)^[a-z-]+:.*\n((?:\t.*\n?)+)", (ROOT / "Makefile").read_text())
