@@ -7,13 +7,14 @@ not be made. 130: it was interrupted.
 
 import argparse
 import contextlib
-import ctypes
+import errno
 import functools
 import http.client
 import json
 import os
 import resource
 import signal
+import socket
 import ssl
 import subprocess
 import sys
@@ -22,11 +23,17 @@ from datetime import UTC, datetime
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from loadtest.lifeline import follow
+from loadtest.terminal import say, stop_writing
+
 ROOT = Path(__file__).resolve().parent.parent
 USAGE, INTERRUPTED = 2, 130
 # What a generator process opens beside its streams.
 SPARE_DESCRIPTORS = 200
 READY_SECONDS = 5.0
+MASTER_PORT = 5557
+# Forked workers are there in seconds; others are started by people or a scheduler (--wait).
+FORKED_SECONDS = 120
 
 EPILOG = """\
 scenarios:
@@ -62,7 +69,15 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--web-port", type=int, default=8089, help="port of that page (default: 8089)")
     made.add_argument("--master", action="store_true", help="lead --expect-workers workers on other machines")
     made.add_argument("--expect-workers", type=int, default=1, help="workers that the master waits for")
-    made.add_argument("--master-port", type=int, default=5557, help="port of the master (default: 5557)")
+    made.add_argument(
+        "--master-port",
+        type=int,
+        default=0,
+        help=f"port of the master (default: {MASTER_PORT}; of --processes a free one)",
+    )
+    made.add_argument(
+        "--wait", type=int, default=600, help="seconds that the master waits for them (default: 600; 0: for ever)"
+    )
     made.add_argument("--worker", default="", metavar="HOST", help="generate load for the master on HOST")
     add_options(made)
     return made
@@ -86,8 +101,11 @@ def main(arguments: list[str]) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.default_int_handler)
     try:
+        _check_ports(options)
         if options.worker:
-            return _locust(options, ["--worker", "--master-host", options.worker])
+            port = str(options.master_port or MASTER_PORT)
+            code, interrupted = _locust(options, ["--worker", "--master-host", options.worker, "--master-port", port])
+            return INTERRUPTED if interrupted else code
         _check_possible(options)
         with _target(options):
             _check_target(options)
@@ -141,6 +159,38 @@ def _check_possible(options: argparse.Namespace) -> None:
         )
 
 
+def _check_ports(options: argparse.Namespace) -> None:
+    """Check the ports that others come to; a free one for processes that only talk to each other."""
+    for name in ("port", "master_port", "web_port"):
+        value = getattr(options, name)
+        if not 1 <= value <= 65_535 and (name != "master_port" or value):
+            raise CannotRun(f"--{name.replace('_', '-')} must be from 1 to 65535, got {value}.")
+    listens = []
+    if options.master or (options.processes > 1 and not options.worker):
+        if not options.master_port:
+            options.master_port = MASTER_PORT if options.master else _free_port()
+        listens.append(("--master-port", options.master_port))
+    if options.web and not options.worker:
+        listens.append(("--web-port", options.web_port))
+    for name, port in listens:
+        try:
+            with socket.socket() as probe:
+                # As those do that will listen: what a run before left in TIME_WAIT is no hindrance.
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(("", port))
+        except OSError as error:
+            why = "something listens there, perhaps another run" if error.errno == errno.EADDRINUSE else error.strerror
+            raise CannotRun(
+                f"{name} must be a port that is free here, got {port}: {why}. End that, or give another port."
+            ) from None
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 def _ports() -> int:
     with contextlib.suppress(OSError, ValueError):
         low, high = Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()
@@ -158,10 +208,10 @@ def _target(options: argparse.Namespace) -> Iterator[None]:
     folder = ROOT / ".run" / str(options.port)
     options.stack = options.stack or str(folder)
     if (folder / "state.json").exists():
-        print(f"The target is the local stack on port {options.port}, which runs already.", flush=True)
+        say(f"The target is the local stack on port {options.port}, which runs already.")
         yield
         return
-    print(f"Starting the local stack on port {options.port} for this run.", flush=True)
+    say(f"Starting the local stack on port {options.port} for this run.")
     command = [sys.executable, "-m", "app.stack"]
     where = ["--port", str(options.port)]
     try:
@@ -252,40 +302,43 @@ def _run(options: argparse.Namespace) -> int:
     result = folder / "result.json"
     result.unlink(missing_ok=True)
     more = ["--web-port", str(options.web_port)] if options.web else ["--headless"]
+    port = str(options.master_port)
     if options.master:
-        more += [
-            "--master",
-            "--expect-workers",
-            str(options.expect_workers),
-            "--master-bind-port",
-            str(options.master_port),
-        ]
+        say(f"Waiting on port {port} for workers: {options.expect_workers}.")
+        more += ["--master", "--expect-workers", str(options.expect_workers), "--master-bind-port", port]
+        more += ["--expect-workers-max-wait", str(options.wait)]
     elif options.processes > 1:
-        more += ["--processes", str(options.processes), "--master-bind-port", str(options.master_port)]
-        more += ["--master-port", str(options.master_port)]
-    code = _locust(options, [*more, "--only-summary", "--json-file", str(folder / "locust")])
+        # Nobody else has to reach it, and what it tells its workers has secrets in it.
+        more += ["--processes", str(options.processes), "--master-bind-host", "127.0.0.1", "--master-bind-port", port]
+        more += ["--master-port", port, "--expect-workers-max-wait", str(FORKED_SECONDS)]
+    code, interrupted = _locust(options, [*more, "--only-summary", "--json-file", str(folder / "locust")])
     if options.web:
         return code
     if not result.exists():
-        raise CannotRun(f"Locust ended with {code} and no result.")
+        if interrupted:
+            raise KeyboardInterrupt
+        if code < 0:
+            raise CannotRun(
+                f"The process that leads the run must live until its end, but {signal.Signals(-code).name} ended it: "
+                f"there is no result. If nobody did that, look for lack of memory (dmesg)."
+            )
+        raise CannotRun(
+            f"Locust must leave a result, but ended with {code} before there was one; its own lines say why."
+        )
     from loadtest.result import Result, verdict_line
 
     found = Result.read(result)
     # Once more, so that it stands last, whatever Locust wrote meanwhile.
-    print(verdict_line(found), flush=True)
+    say(verdict_line(found))
     return found.exit_code
 
 
-def _follow(parent: int) -> None:
-    """In Locust's process: end in good order if this one is killed."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGINT, 0, 0, 0)  # PR_SET_PDEATHSIG
-        if os.getppid() != parent:
-            os._exit(1)
+def _locust(options: argparse.Namespace, more: list[str]) -> tuple[int, bool]:
+    """
+    Run Locust to its end; Ctrl-C here ends it in good order, a second one at once.
 
-
-def _locust(options: argparse.Namespace, more: list[str]) -> int:
-    """Run Locust to its end; Ctrl-C here ends it in good order, a second one at once."""
+    Return its exit code, and whether it was interrupted. None of its processes is left.
+    """
     from loadtest.options import as_arguments
 
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -296,8 +349,6 @@ def _locust(options: argparse.Namespace, more: list[str]) -> int:
     environment |= {"SSE_LOADTEST_TOKEN": options.token, "SSE_LOADTEST_SECRET": options.secret}
     command = [sys.executable, "-m", "locust", "-f", str(ROOT / "loadtest/locustfile.py"), "--loglevel", "ERROR"]
     command += ["--host", options.host] if options.host else []
-    if options.worker and options.master_port:
-        more = [*more, "--master-port", str(options.master_port)]
     # A session of its own: Ctrl-C is for the master alone, which asks its workers for
     # their figures; hit by it themselves they would just end.
     with subprocess.Popen(
@@ -306,20 +357,26 @@ def _locust(options: argparse.Namespace, more: list[str]) -> int:
         cwd=ROOT,
         stdin=subprocess.DEVNULL,
         start_new_session=True,
-        preexec_fn=functools.partial(_follow, os.getpid()),  # noqa: PLW1509 (no locks in it)
+        # In good order, if this process is killed.
+        preexec_fn=functools.partial(follow, os.getpid(), signal.SIGINT),  # noqa: PLW1509 (no locks in it)
     ) as locust:
         interrupts = 0
         while True:
             try:
-                return locust.wait()
+                # Not `wait` yet: until then the number of its group is nobody else's.
+                os.waitid(os.P_PID, locust.pid, os.WEXITED | os.WNOWAIT)
+                break
             except KeyboardInterrupt:
                 interrupts += 1
                 if interrupts == 1:
                     print("\nEnding the run; again to end it without results.", file=sys.stderr, flush=True)
                     locust.send_signal(signal.SIGINT)
                 else:
-                    with contextlib.suppress(ProcessLookupError):
-                        os.killpg(locust.pid, signal.SIGKILL)
+                    os.killpg(locust.pid, signal.SIGKILL)
+        # Its workers have handed over what they have; one that waits for a dead master stays.
+        with contextlib.suppress(OSError):
+            os.killpg(locust.pid, signal.SIGKILL)
+        return locust.wait(), interrupts > 0
 
 
 def _compare(arguments: list[str]) -> int:
@@ -335,9 +392,20 @@ def _compare(arguments: list[str]) -> int:
     except ValueError as error:
         print(error, file=sys.stderr)
         return USAGE
-    print(compare(*found))
+    say(compare(*found))
     return 0
 
 
+def _program() -> int:
+    try:
+        try:
+            return main(sys.argv[1:])
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        stop_writing()  # `--help | head`
+        return 0
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(_program())

@@ -7,7 +7,8 @@ from loadtest.result import FIGURES, Result
 # Below this, a difference is the machine's mood.
 NOTICEABLE_PERCENT = 10.0
 # Of these more is better; of some, neither; of all others less is.
-_MORE = {"opened_percent", "deliveries", "deliveries_per_second", "deliveries_per_second_max", "published", "opened"}
+_MORE = {"opened_percent", "deliveries", "deliveries_per_second", "deliveries_per_second_max", "published", "opened",
+         "runs", "runs_done", "tokens"}  # fmt: skip
 _NEITHER = {
     "streams",
     "streams_most",

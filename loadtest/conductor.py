@@ -27,10 +27,13 @@ from loadtest.page import page
 from loadtest.parts import Watch
 from loadtest.result import Result, judge, verdict_line
 from loadtest.sse_client import Target
+from loadtest.terminal import say
 
 PROGRESS_SECONDS = 2.0
 # How much longer than planned a stage may need until its streams are there.
 LATE_SECONDS = 30.0
+# A publish in flight ends by itself: connect and answer have 10 s each.
+PUBLISH_PATIENCE = 20.0
 INTERRUPTED = 130
 BROKEN = 2
 
@@ -41,6 +44,7 @@ class Conductor:
 
     Attributes:
         stopped: Why it ended before its time; "" if it did not.
+        void: Why it proves nothing, where no figure says so; "" else.
     """
 
     def __init__(self, environment: Environment, options: argparse.Namespace) -> None:
@@ -55,6 +59,7 @@ class Conductor:
         self.workers = 1
         self.stopped = ""
         self.exit_code: int | None = None
+        self.void = ""
         self.steps: list[dict[str, Any]] = []
         self.began_at = datetime.now(UTC)
         self.result: Result | None = None
@@ -98,9 +103,13 @@ class Conductor:
         refusals = {
             name.partition(":")[2]: count for name, count in self.collected.tally.items() if name.startswith("refused:")
         }
-        if self._gone(now):
+        if changed := self._processes_changed():
+            # What one had read is gone, and whoever came would publish what others do.
+            self.void = changed
+            self.stop(changed)
+        elif self._gone(now):
             self.stop(f"the target is gone: no stream has been open for {self.options.patience:g} s")
-        elif refusals and not self.collected.open and sum(refusals.values()) >= self._wanted():
+        elif refusals and not self.collected.open and self.collected.tally["gave_up"] >= self._wanted():
             said = ", ".join(f"{count:,} times {status}" for status, count in sorted(refusals.items()))
             self.stop(f"every stream was refused for ever: {said}")
         elif self._reached is None:
@@ -133,6 +142,17 @@ class Conductor:
         self._over = True
         self._say(why)
 
+    def _processes_changed(self) -> str:
+        runner = self.environment.runner
+        if not isinstance(runner, MasterRunner):
+            return ""
+        here = len(runner.clients.all) - len(runner.clients.missing)
+        if here < self.workers:
+            return f"{self.workers - here} of {self.workers} generator processes dead or silent"
+        if here > self.workers:
+            return f"{here - self.workers} generator processes more than the run began with"
+        return ""
+
     def _wanted(self) -> int:
         return round(self.scenario.stages[self._stage].streams * self.streams)
 
@@ -153,7 +173,7 @@ class Conductor:
     def _answers(self) -> int:
         """Return how many connects were answered: some with "later", some with "never"."""
         tally = self.collected.tally
-        return tally["opened"] + tally["soft_failed"] + tally["gave_up"]
+        return tally["opened"] + tally["soft_failed"] + tally["gave_up"] + tally["runs_refused"]
 
     def _end_stage(self, now: float) -> None:
         self._held += now - (self._reached or now)
@@ -164,7 +184,10 @@ class Conductor:
         self.steps.append(step)
         if self.scenario.stop_at_limit and (gave := self._gave_way(step)):
             self.stop(gave)
-            self.exit_code = 0  # the limit is what was looked for
+            if ": the generator " in gave:
+                self.void = gave  # of the server's limit it says nothing
+            else:
+                self.exit_code = 0  # the limit is what was looked for
             return
         if self._stage + 1 == len(self.scenario.stages):
             self._over = True
@@ -239,8 +262,7 @@ class Conductor:
         if settle is None:
             settle = self.options.settle if not self.stopped or self.collected.open else 1.0
         self._tell("sse_stop_publishing", {})
-        # A publish in flight may take its time.
-        self._wait(lambda: len(self._told) >= self._alive(), 15)
+        self._wait(lambda: len(self._told) >= self._alive(), PUBLISH_PATIENCE + 3)
         self._tell("sse_finish", {"published": self._published, "seconds": settle})
         self._wait(lambda: len(self._finished) >= self._alive(), settle + 15)
         self._conclude()
@@ -271,6 +293,7 @@ class Conductor:
             stopped=self.stopped,
             exit_code=self.exit_code,
             workers_missing=missing,
+            void_because=self.void,
             steps=self.steps,
             parts=self.watch.end(self.collected.most_open) if self.watch else [],
         )
@@ -283,9 +306,9 @@ class Conductor:
         for name in ("lost", "duplicate", "out_of_order"):
             for _ in range(min(1000, int(self.result.figures[name] or 0))):
                 self.environment.stats.log_error("SSE", "delivery", name)
-        print(self.result.as_text(), flush=True)
-        print(f"Written: {folder / 'result.json'}, {folder / 'report.html'}")
-        print(verdict_line(self.result), flush=True)
+        say(self.result.as_text())
+        say(f"Written: {folder / 'result.json'}, {folder / 'report.html'}")
+        say(verdict_line(self.result))
 
     def _wait(self, done: Callable[[], bool], seconds: float) -> None:
         deadline = time.monotonic() + seconds
@@ -331,13 +354,17 @@ class Conductor:
             ("soft-failed", tally["soft_failed"]),
             ("refused", sum(count for name, count in tally.items() if name.startswith("refused:"))),
             ("broken", sum(count for name, count in tally.items() if name.startswith("broken:"))),
+            ("runs ended", tally["runs_done"]),
+            ("runs failed", tally["runs_failed"]),
+            ("tokens lost", tally["tokens_lost"]),
+            ("tokens twice", tally["tokens_duplicate"]),
         ):
             if count:
                 words.append(f"{name} {count:,}")
         return "  ".join(words)
 
     def _say(self, text: str) -> None:
-        print(f"{time.monotonic() - self._began:6.0f} s  {text}", flush=True)
+        say(f"{time.monotonic() - self._began:6.0f} s  {text}")
 
 
 # --- Locust
@@ -468,9 +495,10 @@ class Wiring:
             return
         generator.publishing = False
         # The publish in flight is waited for: what it says is acknowledged, or it is not.
-        gevent.sleep(0.3)
+        generator.between_publishes.wait(PUBLISH_PATIENCE)
         published = {
-            key: [topic, each.number, each.first, each.last] for key, (topic, each) in generator.published.items()
+            key: [topic, each.number, each.first, each.last, generator.machine]
+            for key, (topic, each) in generator.published.items()
         }
         if self.conductor is not None:
             self.conductor.published("local", published)
@@ -514,7 +542,7 @@ def show(measures: Measures, environment: Environment) -> None:
 
     In one go per bucket: firing its `request` event for every delivery costs 7 µs each.
     """
-    for name, method in (("open", "SSE"), ("delivery", "SSE"), ("publish", "POST")):
+    for name, method in (("open", "SSE"), ("delivery", "SSE"), ("first_token", "SSE"), ("publish", "POST")):
         values = measures.times[name]
         if not values.total_count:
             continue

@@ -18,7 +18,9 @@ from loadtest.sequence import MICROSECONDS, Counts
 LOWEST, HIGHEST, DIGITS = 1, 3600 * MICROSECONDS, 3
 PERCENTILES = (("p50", 50.0), ("p90", 90.0), ("p99", 99.0), ("p99_9", 99.9), ("max", 100.0))
 # Everything that is measured in time.
-TIMES = ("head", "open", "delivery", "resume", "publish", "publish_delay", "lag")
+TIMES = (
+    "head", "open", "delivery", "resume", "publish", "publish_delay", "first_token", "between_tokens", "lag",
+)  # fmt: skip
 
 
 def histogram() -> HdrHistogram:
@@ -66,6 +68,16 @@ class Measures:
         """Record one duration."""
         self.times[name].record_value(min(HIGHEST, max(1, int(seconds * MICROSECONDS))))
 
+    def took_late(self, name: str, seconds: float, every: float) -> None:
+        """
+        Record how late something is that is due *every* so many seconds.
+
+        One that holds up its successors counts for them, too: else a process that stood
+        still for 5 s would be late once, and a percentile would not show it.
+        """
+        value = min(HIGHEST, max(1, int(seconds * MICROSECONDS)))
+        self.times[name].record_corrected_value(value, max(1, int(every * MICROSECONDS)))
+
     def hand_over(self) -> dict[str, Any]:
         """Return what is new since the last call, as plain data, and begin anew."""
         wall, cpu = time.monotonic(), time.process_time()
@@ -99,6 +111,7 @@ class Second:
     def __init__(self, at: int) -> None:
         self.at = at
         self.delivery = histogram()
+        self.first_token: HdrHistogram | None = None
         self.tally: Counter[str] = Counter()
         self.open: dict[str, int] = {}
         self.cpu: dict[str, float] = {}
@@ -109,10 +122,12 @@ class Second:
         return {
             "at": self.at,
             "open": sum((workers_open | self.open).values()),
-            "deliveries": self.delivery.total_count,
+            # Not those in the histogram: of some there is no latency.
+            "deliveries": self.tally["deliveries"],
             "p50_ms": milliseconds(self.delivery, 50),
             "p99_ms": milliseconds(self.delivery, 99),
             "max_ms": milliseconds(self.delivery, 100),
+            "first_token_p99_ms": milliseconds(self.first_token, 99) if self.first_token else None,
             "connects": self.tally["connects"],
             "opened": self.tally["opened"],
             "reconnects": self.tally["reconnects"],
@@ -173,6 +188,9 @@ class Collected:
             merge(self.times[name], values)
             if name == "delivery":
                 merge(second.delivery, values)
+            if name == "first_token":
+                second.first_token = second.first_token or histogram()
+                merge(second.first_token, values)
             if name == "lag":
                 second.lag_us = max(second.lag_us, values.max_value)
             if self._step and name in ("delivery", "lag"):

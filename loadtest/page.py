@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 860, 220, 64, 28, 12
 # More points than pixels are the same picture, and a large file.
 MOST_POINTS = 600
-COLOURS = ("#1668b8", "#c2571a", "#2f8f4e", "#8a4fb0")
+COLOURS = ("#1668b8", "#c2571a", "#2f8f4e", "#8a4fb0", "#8f7a1c")
 
 _STYLE = """
 :root { color-scheme: light dark; --line: #8884; --text: CanvasText; }
@@ -53,6 +53,7 @@ def page(result: Result) -> str:
             ("refused", result.refused),
             ("broken", result.broken),
             ("publish refused", result.publish_refused),
+            ("run failed", result.run_failed),
         )
         for what, count in sorted(counts.items())
     ]
@@ -113,10 +114,12 @@ def _charts(result: Result) -> list[str]:
         ("Reconnects per second", "reconnects", [("reconnects", reconnects or [(0, 0)])], _bars),
         ("Generator's lag", "ms", [("lag, at most", series("lag_ms"))], _line),
     ]
+    if first := series("first_token_p99_ms"):
+        charts.append(("Time to the first token of runs", "ms", [("p99", first)], _line))
     found = [f"<h2>{title}</h2>{_chart(unit, lines, draw, 's')}" for title, unit, lines, draw in charts]
     curves = [
         (name, [(_nines(step), value) for step, value in result.histograms[name]])
-        for name in ("delivery", "open", "resume")
+        for name in ("delivery", "open", "resume", "first_token", "between_tokens")
         if name in result.histograms
     ]
     if curves:

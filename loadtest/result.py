@@ -6,7 +6,7 @@ import json
 import math
 import os
 import platform
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,8 @@ _WHAT = {
     "resume": "from the loss of a stream to its next `stream.open`",
     "publish": "a publish that was acknowledged, repeats included",
     "publish_delay": "how late a publish was sent, by the plan",
+    "first_token": "from a run's planned start to the read of its first token",
+    "between_tokens": "from one read of a run's tokens to the next, on one connection",
     "lag": "how late this generator's own timers fire",
 }
 # Every figure of a run, and what it means.
@@ -51,6 +53,17 @@ FIGURES: dict[str, str] = {
     "published": "events that were acknowledged",
     "publish_repeated": "publishes that were sent again with the same key",
     "publish_failed": "events that were given up or refused",
+    "runs": "runs that were started",
+    "runs_done": "runs whose `run.done` was read",
+    "runs_failed": "runs whose `run.failed` was read",
+    "runs_refused": "runs that the server did not start",
+    "runs_unended": "runs whose end never came, though there was time enough",
+    "runs_skipped": "planned starts for which the reader's run before left no time",
+    "runs_unjudged": "runs of a model that does not repeat its prompt: of their tokens, losses can't be told",
+    "tokens": "words of runs that were read",
+    "tokens_lost": "words of runs that never came, by their numbers, across reconnects",
+    "tokens_duplicate": "words of runs that came again",
+    "tokens_out_of_order": "words of runs that came after later ones",
     "other_clock": "deliveries published on another machine: counted, but without a latency",
     "cpu_percent": "CPU of the busiest generator process, percent of a core, on average",
     "generator_errors": "connects that failed because the generator ran out of descriptors or ports",
@@ -66,6 +79,13 @@ _STREAMS = "  streams       {streams_most} of {streams} open, {connects} connect
 _DELIVERIES = "  deliveries    {deliveries}, {deliveries_per_second}/s, at most {deliveries_per_second_max}/s"
 _LOST = (
     "  lost {lost}, duplicate {duplicate}, out of order {out_of_order}, announced {announced}, unfinished {unfinished}"
+)
+_RUNS = (
+    "  runs          {runs} started, {runs_done} done, {runs_failed} failed, {runs_refused} refused, "
+    "{runs_unended} without end, {runs_skipped} skipped"
+)
+_TOKENS = (
+    "  tokens        {tokens}: lost {tokens_lost}, duplicate {tokens_duplicate}, out of order {tokens_out_of_order}"
 )
 
 
@@ -102,6 +122,7 @@ class Result:
     parts: list[dict[str, Any]]
     timeline: list[dict[str, Any]]
     histograms: dict[str, list[list[float]]]
+    run_failed: dict[str, int] = field(default_factory=dict)
 
     def write(self, path: Path) -> None:
         """Write the result as JSON."""
@@ -134,18 +155,21 @@ class Result:
             _DELIVERIES.format_map(shown),
             _LOST.format_map(shown),
         ]
+        if value["runs"] or value["runs_refused"]:
+            lines += [_RUNS.format_map(shown), _TOKENS.format_map(shown)]
         for name in TIMES:
             if value[f"{name}_max_ms"] is not None:
                 percentiles = "  ".join(
                     f"{percentile.replace('_', '.')} {_n(value[f'{name}_{percentile}_ms'])}"
                     for percentile, _ in PERCENTILES
                 )
-                lines.append(f"  {name.replace('_', ' '):<13} {percentiles} ms")
+                lines.append(f"  {name.replace('_', ' '):<14} {percentiles} ms")
         for name, counts in (
             ("refused", self.refused),
             ("broken", self.broken),
             ("ended", self.ended),
             ("publish refused", self.publish_refused),
+            ("run failed", self.run_failed),
         ):
             if counts:
                 lines.append(
@@ -218,6 +242,7 @@ def judge(
     stopped: str = "",
     exit_code: int | None = None,
     workers_missing: int = 0,
+    void_because: str = "",
     steps: list[dict[str, Any]] | None = None,
     parts: list[dict[str, Any]] | None = None,
 ) -> Result:
@@ -233,16 +258,17 @@ def judge(
         holds = threshold.holds(value)
         rows.append({"threshold": str(threshold), "value": value, "holds": holds, "void": threshold.void})
         if not holds:
-            (void if threshold.void else failed).append(
-                f"{threshold.figure} is {_n(value)}, must be {_bound(threshold)}"
-            )
-    if workers_missing:
+            is_ = "was not measured" if value is None else f"is {_n(value)}"
+            (void if threshold.void else failed).append(f"{threshold.figure} {is_}, must be {_bound(threshold)}")
+    if void_because:
+        void.insert(0, void_because)
+    elif workers_missing:
         void.insert(0, f"{workers_missing} of {workers} generator processes did not hand over their figures")
-    if not collected.tally["deliveries"] and not failed and not stopped:
+    if not collected.tally["deliveries"] and not failed and (not stopped or exit_code == 0):
         failed.append("deliveries is 0: no event was read, so nothing was shown")
-    if stopped and exit_code is None:
+    if stopped and exit_code is None and stopped != void_because:
         failed.insert(0, stopped)
-    if exit_code is not None and scenario.stop_at_limit and stopped.startswith("limit "):
+    if exit_code == 0 and scenario.stop_at_limit and stopped.startswith("limit ") and collected.tally["deliveries"]:
         # The step that broke its thresholds is what was looked for.
         verdict, code, failed = "passed", 0, []
     elif exit_code:
@@ -269,6 +295,7 @@ def judge(
         broken=_split(tally, "broken"),
         ended=_split(tally, "ended"),
         publish_refused=_split(tally, "publish_refused"),
+        run_failed=_split(tally, "run_failed"),
         thresholds=rows,
         failed=failed,
         verdict=verdict,
@@ -305,5 +332,5 @@ def verdict_line(result: Result) -> str:
             failed = f"; until then {result.failed[0]}" if result.failed else ""
             return f"{result.stopped or 'interrupted'}: the results so far are kept{failed}"
         case "void":
-            return f"VOID, the generator could not keep up: {'; '.join(result.failed)}"
+            return f"VOID, because of the generator: {'; '.join(result.failed)}"
     return f"FAILED: {'; '.join(result.failed)}"

@@ -4,9 +4,11 @@ Number what is published, and tell from the numbers what a stream missed.
 A published event says its key (a topic of one publisher), its number there, when it
 was sent, when the one before it was, and when the first was. So a stream knows what it
 should have had, across reconnects and from the moment it was first open.
+The words of a run's prompt are numbered, too: who repeats them shows what was lost.
 Pure: no sockets, no clock.
 """
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 # In front of every event of ours; others are not judged.
@@ -51,11 +53,12 @@ def sent_after(opened: int, number: int, first: int, last: int) -> int:
 
 @dataclass(slots=True)
 class Published:
-    """Of one key: how many events were acknowledged, and when the first and last were sent."""
+    """Of one key: how many events were acknowledged, when the first and last were sent, and by whose clock."""
 
     number: int
     first: int
     last: int
+    machine: str = ""
 
 
 @dataclass(slots=True)
@@ -75,11 +78,11 @@ class Sequences:
     # Keys whose history the server said was lost: their next gap is announced.
     told: set[str] | None = None
 
-    def see(self, counts: Counts, key: str, number: int, previous: int, first: int) -> None:
-        """Judge one event."""
+    def see(self, counts: Counts, key: str, number: int, previous: int, first: int, slack: int = 0) -> None:
+        """Judge one event; what was sent within *slack* µs of the first open is not owed."""
         at = self.seen.get(key)
         if at is None:
-            gap = sent_after(self.opened, number - 1, first, previous)
+            gap = sent_after(self.opened + slack, number - 1, first, previous)
             self.seen[key] = [number, number - gap]
             if gap:
                 self._miss(counts, key, number - gap, number)
@@ -116,9 +119,58 @@ class Sequences:
             self.missing = {}
         self.missing.setdefault(key, set()).update(range(start, stop))
 
-    def behind(self, key: str, published: Published) -> int:
+    def behind(self, key: str, published: Published, slack: int = 0) -> int:
         """Return how many events of *key* have not come yet, of those after the highest seen."""
         at = self.seen.get(key)
         if at is None:
-            return sent_after(self.opened, published.number, published.first, published.last)
+            return sent_after(self.opened + slack, published.number, published.first, published.last)
         return max(0, published.number - at[0])
+
+
+# In front of the number of each word of a prompt.
+WORD = "#"
+
+
+def prompt(words: int) -> str:
+    """Return a prompt of so many numbered words."""
+    return " ".join(f"{WORD}{number}" for number in range(words))
+
+
+@dataclass(slots=True)
+class Words:
+    """
+    The words of one answer: some of its maker's own, then the prompt's, repeated.
+
+    Attributes:
+        own: How many of the first kind were read.
+        following: The number that comes next.
+    """
+
+    own: int = 0
+    following: int = 0
+    missing: set[int] = field(default_factory=set)
+
+    def see(self, tally: Counter[str], word: str) -> None:
+        """Judge one word."""
+        text = word.removeprefix(WORD)
+        if text == word or not text.isdigit():
+            self.own += 1
+            return
+        number = int(text)
+        if number >= self.following:
+            self.missing.update(range(self.following, number))
+            tally["tokens_lost"] += number - self.following
+            self.following = number + 1
+        elif number in self.missing:
+            self.missing.discard(number)
+            tally["tokens_lost"] -= 1
+            tally["tokens_out_of_order"] += 1
+        else:
+            tally["tokens_duplicate"] += 1
+
+    def end(self, tally: Counter[str], asked: int, told: int) -> None:
+        """The answer is over: *asked* words were in the prompt, *told* in the whole answer, says its maker."""
+        tally["tokens_lost"] += asked - self.following
+        # Its own words have no numbers: too few of them are lost, too many came twice.
+        missing = told - asked - self.own
+        tally["tokens_lost" if missing > 0 else "tokens_duplicate"] += abs(missing)

@@ -225,7 +225,7 @@ class EventSource:
     200, on 204, and on another content type. An open counts when `stream.open` was read:
     a 200 that ends before, or one marked X-Sse-Fallback, is a soft-failed open.
 
-    Subclasses override `connecting`, `headed`, `opened`, `take`, `soft_failed`, `refused`,
+    Subclasses override `request`, `connecting`, `headed`, `opened`, `take`, `soft_failed`, `refused`,
     `broken` and `ended`.
     """
 
@@ -248,6 +248,10 @@ class EventSource:
     def headers(self) -> dict[str, str]:
         """Return the request's own headers, a bearer for example; asked at each connect."""
         return {}
+
+    def request(self) -> tuple[str, str, dict[str, str], bytes]:
+        """Return the next request's method, path, further headers and body."""
+        return "GET", self.path, {}, b""
 
     def connecting(self) -> None:
         """A connect begins."""
@@ -297,7 +301,8 @@ class EventSource:
             if self.last_event_id:
                 own["Last-Event-ID"] = self.last_event_id
             self._connection.settimeout(HEAD_SECONDS)
-            self._connection.sendall(self.target.head("GET", self.path, own | self.headers()))
+            method, path, more, body = self.request()
+            self._connection.sendall(self.target.head(method, path, own | more | self.headers()) + body)
             answer = Answer(self._connection)
         except (OSError, ProtocolError) as error:
             self._release()

@@ -4,8 +4,10 @@ However a run of the load test ends: a clear sentence, the results so far, the r
 
 import contextlib
 import json
+import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,7 +17,7 @@ import jwt
 import pytest
 
 from app.stack import reserve_port
-from tests.loadtest.runs import PATIENT, ROOT, TOPIC, Run
+from tests.loadtest.runs import PATIENT, ROOT, TOPIC, Run, processes_of
 
 
 def refused(*arguments: str, **more) -> subprocess.CompletedProcess[str]:
@@ -81,9 +83,22 @@ class TestBefore:
         assert "ip_local_port_range" in run.stderr
         assert "--sources=" in run.stderr
 
+    def test_port_of_the_master_is_taken(self):
+        """Another run's master perhaps, whose workers ours must not become."""
+        with socket.create_server(("127.0.0.1", 0)) as other:
+            port = other.getsockname()[1]
+
+            for more in (["--processes", "2"], ["--master"]):
+                run = refused("--host", "http://127.0.0.1:1", f"--master-port={port}", *more)
+
+                assert (2, "") == (run.returncode, run.stdout)
+                assert f"--master-port must be a port that is free here, got {port}: something listens" in run.stderr
+                assert 1 == run.stderr.count("\n")
+
     @pytest.mark.parametrize(
         ("arguments", "sentence"),
         [
+            (["--master-port", "70000"], "--master-port must be from 1 to 65535, got 70000"),
             (["--scenario", "averageload"], "SCENARIO must be one of smoke, average-load"),
             (["--thresholds", "p99 <= 5"], "a threshold must be of a known figure, got 'p99'"),
             (["--streams", "-1"], "STREAMS must be from 1 to"),
@@ -137,6 +152,131 @@ class TestMeanwhile:
         assert 1 == run.end(60), run.output
         assert "FAILED: every stream was refused for ever: 8 times 401" in run.lines[-1]
         assert (8, 8) == (run.figures["gave_up"], run.result["refused"]["401"])
+
+
+def none_is_left(run: Run) -> None:
+    deadline = time.monotonic() + 20
+    while left := processes_of(run):
+        if time.monotonic() > deadline:
+            for process in left:
+                os.kill(process, signal.SIGKILL)
+            raise AssertionError(f"{len(left)} processes were left")
+        time.sleep(0.05)
+
+
+class TestNothingIsLeft:
+    """Whatever ends a run, none of its processes outlives it."""
+
+    @pytest.mark.parametrize("who", ["the command", "the master"])
+    def test_killed(self, tmp_path, server, who):
+        """SIGKILL of the command: the run ends in good order. Of the master: there is no result, and that is said."""
+        run = Run(tmp_path, server().url, PATIENT, "--processes=2", seconds=60)
+        run.until("hold")
+        parents = processes_of(run)
+        [master] = [process for process, parent in parents.items() if parent == run.process.pid]
+        workers = [process for process, parent in parents.items() if parent == master]
+
+        os.kill(run.process.pid if who == "the command" else master, signal.SIGKILL)
+
+        run.process.wait(30)
+        none_is_left(run)
+        run.end()
+        assert 2 == len(workers)
+        if who == "the command":
+            assert "interrupted" == run.result["verdict"]
+            assert run.figures["deliveries"] > 0 == run.figures["lost"]
+        else:
+            assert 2 == run.code
+            assert "must live until its end, but SIGKILL ended it: there is no result" in run.lines[-1]
+
+    @pytest.mark.usefixtures("server")  # ends the run
+    def test_master_that_can_not_listen(self, tmp_path):
+        """Locust's own command, where nobody looks at the port before: its workers don't wait for ever."""
+        with socket.create_server(("127.0.0.1", 0)) as other:
+            run = Run(
+                tmp_path, "http://127.0.0.1:1",
+                f"--master-bind-port={other.getsockname()[1]}", f"--master-port={other.getsockname()[1]}",
+                "--headless", "--processes=2", program=("locust", "-f", "loadtest/locustfile.py"),
+            )  # fmt: skip
+
+            code = run.process.wait(60)
+
+            none_is_left(run)
+            run.end()
+            assert 1 == code, run.output
+            assert "port" in run.output
+
+    def test_ctrl_c_before_it_began(self, tmp_path, server):
+        """A master that waits for workers which never come."""
+        port, holder = reserve_port()
+        if holder is not None:
+            holder.close()
+        run = Run(tmp_path, server().url, PATIENT, "--master", f"--master-port={port}")
+        run.until("Waiting on port")
+        # Locust takes its time until it listens.
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+                break
+            time.sleep(0.1)
+
+        run.process.send_signal(signal.SIGINT)
+
+        assert 130 == run.end(30), run.output
+        assert "interrupted before the run began" == run.lines[-1]
+        assert "Traceback" not in run.output
+        none_is_left(run)
+
+    def test_a_reader_that_has_enough(self, tmp_path, server):
+        """`| head`: the run goes on, its results are written, and its exit code is its own."""
+        out, into = os.pipe()
+        os.close(out)
+
+        run = Run(tmp_path, server().url, PATIENT, seconds=1, stdout=into)
+
+        os.close(into)
+        assert 0 == run.end(60), run.output
+        assert "" == run.output
+        assert "passed" == run.result["verdict"]
+        none_is_left(run)
+
+
+class TestMasterAlone:
+    def test_workers_changed(self):
+        """One that died took its figures with it; one that came would publish what another one does."""
+        script = subprocess.run(
+            [sys.executable, "-c", _WORKERS_CHANGED], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+        )
+
+        assert [
+            "(2, 0): ''",
+            "(2, 1): '1 of 2 generator processes dead or silent'",
+            "(1, 0): '1 of 2 generator processes dead or silent'",
+            "(3, 0): '1 generator processes more than the run began with'",
+        ] == [line for line in script.stdout.splitlines() if line.startswith("(")], script.stderr
+
+
+# In a process of its own: Locust makes everything gevent's.
+_WORKERS_CHANGED = """
+from types import SimpleNamespace
+from locust.runners import STATE_MISSING, STATE_RUNNING, MasterRunner, WorkerNode, WorkerNodes
+from loadtest.__main__ import parser
+from loadtest.conductor import Conductor
+
+MasterRunner.__del__ = lambda self: None
+MasterRunner.user_count = 0
+for here, missing in ((2, 0), (2, 1), (1, 0), (3, 0)):
+    runner = MasterRunner.__new__(MasterRunner)
+    runner.clients = WorkerNodes()
+    for number in range(here):
+        runner.clients[str(number)] = WorkerNode(str(number), STATE_MISSING if number < missing else STATE_RUNNING)
+    conductor = Conductor(SimpleNamespace(runner=runner, host="http://x"), parser().parse_args([]))
+    conductor.workers = 2
+    conductor.finish = lambda: None
+    conductor.tick()
+    assert conductor.stopped == conductor.void
+    print(f"{(here, missing)}: {conductor.void!r}", flush=True)
+"""
 
 
 class TestWebPage:

@@ -3,7 +3,7 @@
 import pytest
 
 from app.stack import reserve_port
-from tests.loadtest.runs import PATIENT, Run
+from tests.loadtest.runs import BUSY, PATIENT, Run
 
 SECRET = "a secret of 32 bytes, for tests!"
 
@@ -29,6 +29,35 @@ class TestTokens:
             assert 2 == run.end(), run.output
             assert "The token was refused" in run.lines[-1]
             assert SECRET not in run.output
+
+
+class TestRuns:
+    def test_across_reconnects(self, tmp_path, stack):
+        """Every stream breaks twice in the middle of a run, and no word is lost or doubled."""
+        kit = stack(apps=2)
+
+        run = Run(
+            tmp_path, kit.url, f"{BUSY},opened_percent>=0,runs_done>=8", rate=0, seconds=4, scenario="""
+            users = { run = 1 }
+            run_every = 2.5
+            actions = [{ at = 1, do = "disconnect", share = 1.0 }, { at = 2, do = "disconnect", share = 1.0 }]
+            """,
+        )  # fmt: skip
+
+        assert 0 == run.end(), run.output
+        figures = run.figures
+        assert figures["runs"] == figures["runs_done"] >= 8
+        assert figures["reconnects"] == run.result["ended"]["disconnected"] > 0
+        assert figures["tokens"] > 70 * figures["runs"]
+        wrong = (
+            "tokens_lost",
+            "tokens_duplicate",
+            "tokens_out_of_order",
+            "runs_failed",
+            "runs_unended",
+            "runs_unjudged",
+        )
+        assert [0] * 6 == [figures[name] for name in wrong]
 
 
 class TestStorm:

@@ -35,6 +35,25 @@ class TestCollected:
         assert merged["delivery_p50_ms"] < 15 < 1000 < merged["delivery_p90_ms"]
         assert 3000 == merged["deliveries"]
 
+    def test_a_process_that_stood_still(self):
+        """It was late once, but a percentile must show it: what was due meanwhile was late, too."""
+        measures = Measures()
+        for _ in range(2900):
+            measures.took_late("lag", 0.001, 0.02)
+        measures.took_late("lag", 5.0, 0.02)
+
+        assert 250 == measures.times["lag"].total_count - 2900
+        assert milliseconds(measures.times["lag"], 99) > 3000
+
+    def test_deliveries_without_a_latency(self):
+        """Events that another machine published are in the charts all the same."""
+        measures, collected = Measures(), Collected()
+        measures.tally.update({"deliveries": 5, "other_clock": 5})
+        collected.add("a", measures.hand_over())
+        collected.end()
+
+        assert 5 == collected.timeline[0]["deliveries"] == figures(collected, 1, 1)["deliveries_per_second_max"]
+
     def test_handed_over_once(self):
         """What was handed over is not handed over again."""
         measures, collected = Measures(), Collected()
@@ -64,7 +83,7 @@ class TestCollected:
             for second in range(10):
                 measures = Measures()
                 measures.took("delivery", 0.010)
-                measures.tally["connects"] = 2
+                measures.tally.update({"connects": 2, "deliveries": 1})
                 measures.open = second
                 report = measures.hand_over() | {"at": 1000.0 + second}
                 collected.add(worker, report)

@@ -1,9 +1,13 @@
 """The verdict says what decided it; the page needs nothing from outside."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 from datetime import UTC, datetime
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +17,8 @@ from loadtest.measures import Collected, Measures
 from loadtest.page import MOST_POINTS, page, thinned
 from loadtest.result import FIGURES, Result, judge, verdict_line
 from loadtest.scenario import Threshold, load_scenarios, load_thresholds
+
+ROOT = Path(__file__).parents[2]
 
 
 def collected(lost: int = 0, lag: float = 0.001, delivery: float = 0.01, seconds: int = 5) -> Collected:
@@ -31,7 +37,7 @@ def collected(lost: int = 0, lag: float = 0.001, delivery: float = 0.01, seconds
 
 
 def judged(found: Collected, thresholds: list[Threshold] | None = None, **more) -> Result:
-    scenario = load_scenarios()["average-load"]
+    scenario = more.pop("scenario", load_scenarios()["average-load"])
     if thresholds is None:
         thresholds = load_thresholds("average-load", [], FIGURES)
     began = datetime(2026, 11, 21, 12, tzinfo=UTC)
@@ -58,7 +64,7 @@ class TestVerdict:
         result = judged(collected(lost=3, lag=5.0))
 
         assert (1, "void") == (result.exit_code, result.verdict)
-        assert verdict_line(result).startswith("VOID, the generator could not keep up: lag_p99_ms is 5,000, must")
+        assert verdict_line(result).startswith("VOID, because of the generator: lag_p99_ms is 5,000, must")
 
     def test_a_process_that_is_missing(self):
         """Figures of a process that died are not there: what the others have proves nothing."""
@@ -72,6 +78,38 @@ class TestVerdict:
 
         assert 1 == result.exit_code
         assert "deliveries is 0" in verdict_line(result)
+
+    def test_nothing_was_measured(self):
+        """A threshold of the scenario's own is not kept by what never happened; one of [all] may be."""
+        storm = load_thresholds("reconnect-storm", [], FIGURES)
+        result = judged(collected(), storm)
+
+        assert (1, "failed") == (result.exit_code, result.verdict)
+        assert "resume_p99_ms was not measured, must be at most 15000" in result.failed
+        assert 0 == judged(collected()).exit_code  # nor was publish_delay_p99_ms
+
+    def test_a_generator_that_was_not_measured(self):
+        found = collected()
+        found.times["lag"].reset()
+
+        assert "VOID, because of the generator: lag_p99_ms was not measured" in verdict_line(judged(found))
+
+    def test_limit_of_nothing(self):
+        """Where no event was ever read, no limit was found."""
+        found, more = Collected(), {"stopped": "limit at 5 streams: 5 streams refused", "exit_code": 0}
+        scenario = load_scenarios()["breakpoint"]
+
+        assert 1 == judged(found, [], scenario=scenario, **more).exit_code
+        assert 0 == judged(collected(), [], scenario=scenario, **more).exit_code
+
+    def test_processes_changed(self):
+        """A process that died, or that came meanwhile, makes the run void and ends it."""
+        result = judged(
+            collected(), stopped="1 of 2 generator processes dead or silent", void_because="1 of 2 generator processes dead or silent"
+        )
+
+        assert (1, "void") == (result.exit_code, result.verdict)
+        assert "VOID, because of the generator: 1 of 2 generator processes dead or silent" == verdict_line(result)
 
     def test_interrupted(self):
         result = judged(collected(), stopped="interrupted", exit_code=130)
@@ -164,6 +202,21 @@ class TestCompare:
         assert capsys.readouterr().out.startswith("A  average-load, http://x")
         assert 2 == main(["compare", str(tmp_path / "nowhere"), str(tmp_path)])
         assert "nowhere must be a result.json" in capsys.readouterr().err
+
+    @pytest.mark.parametrize("arguments", [["compare", "a.json", "a.json"], ["--help"]])
+    def test_a_reader_that_has_enough(self, tmp_path, arguments):
+        """`| head` ends it without a complaint."""
+        judged(collected()).write(tmp_path / "a.json")
+        out, into = os.pipe()
+        os.close(out)
+
+        done = subprocess.run(
+            [sys.executable, "-m", "loadtest", *arguments], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)},
+            stdout=into, stderr=subprocess.PIPE, text=True, timeout=60, check=False,
+        )  # fmt: skip
+
+        os.close(into)
+        assert (0, "") == (done.returncode, done.stderr)
 
     def test_result_is_plain_json(self, tmp_path):
         judged(collected()).write(tmp_path / "result.json")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -72,8 +73,8 @@ class TestThresholds:
         found = load_thresholds("smoke", ["delivery_p99_ms<=7", "lag_p99_ms <= 9"], FIGURES)
         off = load_thresholds("smoke", ["off", "lost<=5"], FIGURES)
 
-        assert Threshold("delivery_p99_ms", "<=", 7.0) in found
-        assert Threshold("lag_p99_ms", "<=", 9.0, void=True) in found
+        assert Threshold("delivery_p99_ms", "<=", 7.0, needed=True) in found
+        assert Threshold("lag_p99_ms", "<=", 9.0, void=True, needed=True) in found
         assert {"lag_p99_ms", "cpu_percent", "generator_errors", "lost"} == {threshold.figure for threshold in off}
 
     @pytest.mark.parametrize("text", ["lost", "lost <= x", "lost = 0", "1 <= lost"])
@@ -88,7 +89,9 @@ class TestThresholds:
         threshold = Threshold("lost", sign, 5.0)
 
         assert holds == tuple(int(threshold.holds(value)) for value in (4, 5, 6))
+        # Where there is no such figure: of [all], and of the scenario's own.
         assert threshold.holds(None)
+        assert not replace(threshold, needed=True).holds(None)
 
 
 class TestReadme:

@@ -1,9 +1,12 @@
 """What a stream missed is told from the numbers, to the event."""
 
+from collections import Counter
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loadtest.sequence import Counts, Published, Sequences, sent_after, stamp
+from loadtest.sequence import Counts, Published, Sequences, Words, prompt, sent_after, stamp
 
 
 class Sender:
@@ -118,3 +121,45 @@ class TestStamp:
         """Seven words and the padding, whatever the size: the reader splits at spaces."""
         for size in (0, 500):
             assert ["sse1", "k", "1", "2", "3", "4", "m"] == stamp("k", 1, 2, 3, 4, "m", size).split(" ", 7)[:7]
+
+
+class TestOtherClock:
+    def test_slack(self):
+        """What a clock that is a little ahead calls sent after the open is not owed; what is clearly later, is."""
+        counts, sequences = Counts(), Sequences(opened=10_000)
+        sequences.see(counts, "a", 3, previous=10_500, first=9_500, slack=1_000)
+        behind = sequences.behind("b", Published(2, 10_100, 10_900), slack=1_000)
+        assert (0, 0) == (counts.lost, behind)
+
+        sequences.see(counts, "c", 3, previous=13_000, first=12_000, slack=1_000)
+        assert (2, 2) == (counts.lost, sequences.behind("d", Published(2, 12_000, 13_000), slack=1_000))
+
+
+class TestWords:
+    """Of a run: an answer of two words of its own, then those of the prompt."""
+
+    def counts(self, answer: str, asked: int = 5) -> tuple[int, int, int]:
+        tally, words = Counter(), Words()
+        for word in answer.split():
+            words.see(tally, word)
+        words.end(tally, asked, asked + 2)
+        return tally["tokens_lost"], tally["tokens_duplicate"], tally["tokens_out_of_order"]
+
+    @pytest.mark.parametrize(
+        ("answer", "counts"),
+        [
+            ("You wrote: #0 #1 #2 #3 #4", (0, 0, 0)),
+            ("You wrote: #1 #2 #4", (2, 0, 0)),
+            ("You wrote: #0 #1 #2", (2, 0, 0)),
+            ("wrote: #0 #1 #2 #3 #4", (1, 0, 0)),
+            ("You wrote: wrote: #0 #1 #1 #2 #3 #4", (0, 2, 0)),
+            ("You wrote: #0 #2 #1 #3 #4 #0", (0, 1, 1)),
+            ("", (7, 0, 0)),
+        ],
+    )
+    def test_exact(self, answer, counts):
+        assert counts == self.counts(answer)
+
+    def test_prompt(self):
+        """What the prompt says is what is looked for."""
+        assert (0, 0, 0) == self.counts(f"You wrote: {prompt(5)}")

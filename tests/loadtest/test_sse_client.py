@@ -15,8 +15,10 @@ from types import SimpleNamespace
 import gevent
 import pytest
 
+from app.parser import ServerSentEvent
 from loadtest.generator import Generator, Ordinals, Stream, as_expected
 from loadtest.options import OPTIONS, source_addresses
+from loadtest.publishing import Publishing
 from loadtest.scenario import load_scenarios
 from loadtest.sse_client import Answer, EventSource, Poster, ProtocolError, Target
 
@@ -395,6 +397,53 @@ class TestGenerator:
         generator.stop()
 
         assert generator.measures.times["lag"].max_value > 250_000
+
+    def test_stalled_publishes(self, monkeypatch):
+        """A server that stalls delays every event that was due meanwhile, not only the one that it held."""
+        calls = []
+
+        def post(self, path, body, headers):
+            calls.append(body)
+            gevent.sleep(1.0 if len(calls) == 1 else 0.0)
+            return 201, b"{}"
+
+        monkeypatch.setattr("loadtest.publishing.Poster.post", post)
+        # 100 topics, one event a second each.
+        generator = Generator(
+            load_scenarios()["average-load"], options(), Target("http://127.0.0.1:1"), streams=5000, run="r"
+        )  # type: ignore[arg-type]
+        publishing = gevent.spawn(Publishing(generator).run)
+        gevent.sleep(0.5)
+        in_flight = not generator.between_publishes.is_set()
+        gevent.sleep(1.5)
+        generator.publishing = False
+
+        assert generator.between_publishes.wait(10)
+        publishing.join(10)
+        late = generator.measures.times["publish_delay"]
+        assert in_flight
+        assert generator.measures.tally["published"] == late.total_count > 150
+        assert late.get_value_at_percentile(75) > 400_000
+
+    def test_what_is_not_ours(self):
+        """Data of somebody else that begins as ours does is passed over."""
+        generator = self.make()
+        stream = Stream(generator, 0)
+
+        stream.take([ServerSentEvent(event="message", data=data, id="1") for data in ("sse1", "sse1 a b", "sse1" * 99)])
+
+        assert 0 == generator.measures.tally["deliveries"]
+
+    def test_fault_of_its_own(self):
+        """A user that our own fault ended makes the run void: what it would have missed is not seen."""
+        generator = self.make()
+
+        with pytest.raises(ZeroDivisionError), generator.own_faults():
+            1 / 0  # noqa: B018
+        with pytest.raises(gevent.GreenletExit), generator.own_faults():
+            raise gevent.GreenletExit  # Locust ends a user so
+
+        assert 1 == generator.measures.tally["generator_errors"]
 
     def test_silence(self, serve, monkeypatch):
         """A stream without any byte for a minute is dead, whatever its connection says."""

@@ -134,7 +134,7 @@ class TestTime:
         run = Run(tmp_path, truth.url, "--thresholds=lag_p99_ms<=50,delivery_p99_ms<=60000", "--settle=1", seconds=2)
 
         assert 1 == run.end(), run.output
-        assert run.lines[-1].startswith("VOID, the generator could not keep up: "), run.output
+        assert run.lines[-1].startswith("VOID, because of the generator: "), run.output
         assert "void" == run.result["verdict"]
 
 

@@ -8,6 +8,10 @@ FAULTS is JSON: topics to faults. `delay_ms` holds every event back; `drop`, `re
 `cut_at` ends the connection after these numbers, `lose_on_cut` does not replay them,
 `reset` says so. `flood` is a number of events of nobody's after each. `fallback` answers the first connects with a soft fail; `refuse_at`
 answers with a status after so many connects, `refuse_head` always.
+Runs repeat the numbered words of their prompt, with the faults of the topic `runs`: `drop`,
+`repeat` (the same event), `again` (as another event), `swap`, `cut_at`, `lose_on_cut`, and
+`drop_own` of its own words; `fail` and `no_end` after a number; `model` is another's name;
+`first_ms` before the first word.
 `GET /truth` tells how many events were published, and how many writes were made.
 """
 
@@ -21,6 +25,8 @@ FAULTS = json.loads(sys.argv[2]) if len(sys.argv) > 2 else {}
 log: list[tuple[str, int, str]] = []
 streams: set["Stream"] = set()
 truth: Counter[str] = Counter()
+runs: dict[str, "Run"] = {}
+WORD_SECONDS = 0.01
 
 
 class Stream:
@@ -62,6 +68,86 @@ class Stream:
             self.writer.transport.abort()
 
 
+class Run:
+    """An answer whose words are all due at their time, for whoever reads them then."""
+
+    def __init__(self, prompt: str) -> None:
+        fault = self.fault = FAULTS.get("runs", {})
+        self.began = asyncio.get_running_loop().time() + fault.get("first_ms", 0) / 1000
+        words = ["You", "wrote:", *prompt.split()]
+        asked = len(words) - 2
+        # (number of the prompt's word, event, data), where the number is below 0 for its own.
+        self.events: list[tuple[int, str, dict[str, object]]] = [
+            (at - 2, "run.token", {"text": word}) for at, word in enumerate(words)
+        ]
+        for number in fault.get("swap", ()):
+            at = number + 2
+            self.events[at], self.events[at + 1] = self.events[at + 1], self.events[at]
+            truth["words_swapped"] += 1
+        for number in fault.get("again", ()):
+            at = next(at for at, event in enumerate(self.events) if event[0] == number)
+            self.events.insert(at + 1, self.events[at])
+            truth["words_repeated"] += 1
+        end: tuple[str, dict[str, object]] = (
+            "run.done",
+            {"tokens": asked + 2, "model": fault.get("model", "offline generator")},
+        )
+        if "fail" in fault:
+            del self.events[fault["fail"] + 2 :]
+            end = "run.failed", {"reason": "upstream_broken"}
+        self.events.append((asked, *end))
+        self.cut = False
+
+    async def tell(self, stream: Stream, at: int) -> None:
+        """Write the events from *at* on."""
+        fault = self.fault
+        while at < len(self.events):
+            due = self.began + at * WORD_SECONDS - asyncio.get_running_loop().time()
+            await asyncio.sleep(max(0.0, due))
+            number, event, data = self.events[at]
+            at += 1
+            if number >= fault.get("no_end", 10**9):
+                await asyncio.sleep(3600)
+            block = f"id: {at}\nevent: {event}\ndata: {json.dumps(data)}\n\n".encode()
+            if number in fault.get("drop", ()) or (number < 0 and fault.get("drop_own") == number):
+                truth["words_dropped"] += 1
+                continue
+            stream.write(block)
+            if number in fault.get("repeat", ()):
+                truth["words_repeated"] += 1
+                stream.write(block)
+            if number in fault.get("cut_at", ()) and not self.cut:
+                self.cut = True
+                truth["runs_cut"] += 1
+                await stream.writer.drain()
+                # What the client has not read would be lost with it, were it aborted at once.
+                await asyncio.sleep(0.05)
+                stream.writer.transport.abort()
+                if fault.get("lose_on_cut"):
+                    truth["words_dropped"] += 1
+                    self.events[at] = (number, "comment", {})
+                return
+        stream.writer.write(b"0\r\n\r\n")
+
+
+async def run(method: str, path: str, headers: dict[str, str], body: bytes, writer: asyncio.StreamWriter) -> None:
+    if method == "POST":
+        truth["runs"] += 1
+        name = str(truth["runs"])
+        runs[name] = Run(json.loads(body)["prompt"])
+    else:
+        name = path.split("/")[2]
+    writer.write(
+        b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\nConnection: close\r\n\r\n"
+    )
+    stream = Stream([], writer)
+    at = int(headers.get("last-event-id") or 0)
+    opening = json.dumps({"topics": [f"run:{name}"]})
+    stream.write(f"id: {at}\nevent: stream.open\nretry: 100\ndata: {opening}\n\n".encode())
+    await runs[name].tell(stream, at)
+    await writer.drain()
+
+
 def deliver(topic: str, at: int, data: str) -> None:
     for stream in list(streams):
         if topic in stream.topics and at > stream.at:
@@ -88,8 +174,12 @@ async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
             elif url.path == "/events":
                 if await events(method, parse_qs(url.query), headers, reader, writer):
                     return
-            elif url.path == "/die":
-                sys.exit(3)
+            elif url.path.startswith("/runs"):
+                if truth["runs"] >= FAULTS.get("runs", {}).get("refuse_after", 10**9):
+                    await answer(writer, "429 Too Many Requests", b"{}")
+                    return
+                await run(method, url.path, headers, body, writer)
+                return
             else:
                 await answer(writer, "200 OK", json.dumps(truth).encode())
     except (asyncio.IncompleteReadError, ConnectionError):
