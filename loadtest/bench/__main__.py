@@ -18,6 +18,7 @@ import time
 from datetime import datetime
 from pathlib import Path
 
+from ..terminal import say
 from .chart import draw
 from .client import client_command
 from .compiler import CompileError
@@ -171,10 +172,10 @@ def main(arguments: list[str]) -> int:
     (output / "results.json").write_text(json.dumps(report.as_json(), indent=1, ensure_ascii=False) + "\n")
     (output / "table.md").write_text(report.as_text())
     (output / "chart.svg").write_text(draw(report))
-    print(report.as_text())
-    print(f"Written: {output}")
+    say(report.as_text())
+    say(f"Written: {output}")
     for failed in report.broken:
-        print(f"{failed.verdict.value}: {failed.limit.row}: {failed.limit.text}. {failed.reason}".rstrip(". ") + ".")
+        say(f"{failed.verdict.value}: {failed.limit.row}: {failed.limit.text}. {failed.reason}".rstrip(". ") + ".")
     return 1 if report.broken else 0
 
 

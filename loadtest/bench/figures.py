@@ -171,6 +171,21 @@ LIMITS = (
         ("scale_few", KIT),
     ),
     Limit(
+        "first_token",
+        "time to a run's first token, divided by a plain Quart generator's",
+        3.0,
+        1.5,
+        ("first_token", KIT),
+        ("first_token", "quart"),
+    ),
+    Limit(
+        "first_token",
+        "what that is above the upstream's own, ms",
+        20,
+        5,
+        ("first_token_added", KIT),
+    ),
+    Limit(
         "churn",
         "memory after all connects and disconnects, divided by after the first tenth",
         1.02,

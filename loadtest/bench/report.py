@@ -160,6 +160,7 @@ class Report:
             ("KB a stream", "pss", 1.0, 1),
             ("idle CPU ms/s", "idle", 1.0, 1),
             ("longest hold ms", "hold", 1.0, 1),
+            ("first token ms", "first_token", 1.0, 2),
         )
         shown = [column for column in columns if self.figures.get(column[1])]
         compared = {name for name in ("single", "sparse") if self.results.samples.get(name, {}).get("floor")}
@@ -217,6 +218,12 @@ class Report:
             lines.append(
                 "* app: longest hold that it noticed itself since its start, connects included:"
                 f" {hold.extra['own_longest_since_start']:.1f} ms"
+            )
+        direct, added = self.figure("first_token", "upstream"), self.figure("first_token_added", "app")
+        if direct and added and direct.count and added.count:
+            lines.append(
+                f"* first token of a run: {direct.median:.2f} ms from the upstream itself;"
+                f" through the kit {added.median:.2f} ms more"
             )
         return lines
 

@@ -16,8 +16,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from .client import Clients, Report
+from .first_token import DIRECT, Upstream, ask
 from .histogram import Histogram
 from .peers import Peer, Running
 from .process import StartError
@@ -55,6 +57,7 @@ class Size:
     scale_rate: float
     churn: tuple[int, int]
     churn_rounds: int
+    runs: int
 
     def with_rounds(self, rounds: int) -> "Size":
         """
@@ -84,6 +87,7 @@ FULL = Size(
     scale_rate=3.0,
     churn=(10_000, 100_000),
     churn_rounds=3,
+    runs=40,
 )
 QUICK = Size(
     name="quick",
@@ -107,6 +111,7 @@ QUICK = Size(
     scale_rate=10.0,
     churn=(1000, 10_000),
     churn_rounds=3,
+    runs=15,
 )
 
 
@@ -248,16 +253,14 @@ class Bench:
         return self.results
 
     @contextlib.contextmanager
-    def sessions(
-        self, peers: Sequence[Peer], *, processes: int = 1, heartbeat: int | None = None
-    ) -> Iterator[list[Session]]:
+    def sessions(self, peers: Sequence[Peer], *, processes: int = 1, **options: Any) -> Iterator[list[Session]]:
         """
-        Start all of *peers*; one that does not come up is left out, with a note.
+        Start all of *peers*, with `heartbeat` or `upstream`; one that does not come up is left out, with a note.
         """
         sessions: list[Session] = []
         try:
             for peer in peers:
-                session = self.start(peer, processes=processes, heartbeat=heartbeat)
+                session = self.start(peer, processes=processes, **options)
                 if session is not None:
                     sessions.append(session)
             yield sessions
@@ -265,12 +268,11 @@ class Bench:
             for session in sessions:
                 session.end()
 
-    def start(self, peer: Peer, *, processes: int = 1, heartbeat: int | None = None) -> Session | None:
+    def start(self, peer: Peer, *, processes: int = 1, **options: Any) -> Session | None:
         """
         Start one peer in a folder of its own.
         """
         folder = Path(tempfile.mkdtemp(prefix=f"{peer.name}-", dir=self.folder))
-        options = {} if heartbeat is None else {"heartbeat": heartbeat}
         try:
             return Session(peer, peer.start(folder, processes=processes, **options))
         except StartError as error:
@@ -302,14 +304,14 @@ class Bench:
             session.clients.ask("clear")
 
 
-def rotations(sessions: Sequence[Session], rounds: int) -> Iterator[tuple[int, Session]]:
+def rotations[T](servers: Sequence[T], rounds: int) -> Iterator[tuple[int, T]]:
     """
-    Yield (round, session), starting each round one place further.
+    Yield (round, server), starting each round one place further.
     """
     for number in range(rounds):
-        shift = number % max(1, len(sessions))
-        for session in [*sessions[shift:], *sessions[:shift]]:
-            yield number, session
+        shift = number % max(1, len(servers))
+        for server in [*servers[shift:], *servers[:shift]]:
+            yield number, server
 
 
 def judge(session: Session, report: Report, behind: int) -> tuple[str | None, list[str]]:
@@ -703,10 +705,45 @@ def churn(bench: Bench) -> None:
                         results.add(row, peer.name, Sample(running.pss() / 2**20, number, extra=extra))
 
 
+def first_tokens(bench: Bench) -> None:
+    """
+    Time to a run's first token: from the upstream itself, and through each server that makes runs.
+    """
+    size, results = bench.size, bench.results
+    peers = [peer for peer in bench.peers if peer.run_request]
+    if not peers:
+        return
+    upstream = Upstream(bench.folder)
+    try:
+        with bench.sessions(peers, upstream=upstream.url) as sessions:
+            servers = [("upstream", upstream.address, *DIRECT)]
+            for session in sessions:
+                assert session.peer.run_request
+                servers.append((session.peer.name, session.running.addresses[0], *session.peer.run_request))
+            for number, (name, address, path, body) in rotations(servers, size.rounds):
+                # The first ones find cold caches, and no connection to the upstream.
+                ask(address, path, body, 3)
+                asked = ask(address, path, body, size.runs, upstream)
+                extra = {"p99": asked.p99}
+                sample = Sample(asked.median, number, asked.void, sorted(set(asked.faults)), extra)
+                results.add("first_token", name, sample)
+                progress(f"first token {number + 1}/{size.rounds} {name}: {sample.value:.2f} ms{_doubt(sample)}")
+    finally:
+        upstream.end()
+    own = {sample.round: sample for sample in results.samples["first_token"]["upstream"]}
+    for name, samples in results.samples["first_token"].items():
+        for sample in samples if name != "upstream" else ():
+            alone = own[sample.round]
+            void, faults = sample.void or alone.void, [*sample.faults, *alone.faults]
+            added = Sample(sample.value - alone.value, sample.round, void, faults)
+            results.add("first_token_added", name, added)
+
+
 SCENARIOS: tuple[tuple[Callable[[Bench], None], frozenset[str]], ...] = (
     (fan_out, frozenset({"single", "sparse", "burst", "latency", "hold"})),
     (connections, frozenset({"connect", "pss", "idle", "reconnect"})),
     (growth, frozenset({"scale"})),
     (churn, frozenset({"churn"})),
+    (first_tokens, frozenset({"first_token"})),
 )
 ROWS = frozenset().union(*(rows for _, rows in SCENARIOS))

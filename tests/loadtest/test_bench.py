@@ -23,6 +23,7 @@ from loadtest.bench.chart import draw
 from loadtest.bench.client import SATURATED, Clients, Report
 from loadtest.bench.compiler import build, find_compiler
 from loadtest.bench.figures import LIMITS, Limit, Verdict, check, make_figure, ratio
+from loadtest.bench.first_token import TOKENS, ask
 from loadtest.bench.histogram import Histogram, bucket_of, middle_of
 from loadtest.bench.peers import PEERS
 from loadtest.bench.peers.floor import Floor
@@ -584,6 +585,87 @@ class TestFloor:
         finally:
             clients.end()
             running.end()
+
+
+# A whole run, as each tells it.
+RECIPE = [b'data: {"text": "%b"}\n\n' % token.encode() for token in TOKENS]
+KIT = [b"event: stream.open\ndata: {}\n\n", *(b"event: run.token\n%b" % event for event in RECIPE)]
+UPSTREAM = [b'data: {"choices": [{"delta": {"content": "%b"}}]}\n\n' % token.encode() for token in TOKENS]
+DONE = b"data: [DONE]\n\n"
+RUN_DONE = b'event: run.done\ndata: {"tokens": 10}\n\n'
+
+
+class TestFirstToken:
+    """
+    The text is compared, and the time is that of the first token, not of the head or the end.
+    """
+
+    def asked(self, *pieces: bytes, head: bytes = HEAD, late: float = 0.0):
+        """
+        Ask a server that writes *pieces* after its head, *late* seconds later.
+        """
+        server = ScriptedServer(lambda request, ordinal: [head, *pieces, None])
+        timer = threading.Timer(late, server.go.set)
+        timer.start()
+        try:
+            return ask(("127.0.0.1", server.port), "/runs", {}, 1)
+        finally:
+            timer.join()
+            server.close()
+
+    def test_time(self):
+        """
+        Of the first token, which comes 0.3 s after the head.
+        """
+        first = self.asked(b"".join(RECIPE) + DONE, late=0.3)
+
+        assert 300 <= first.median < 5_000
+        assert [] == first.faults
+
+    @pytest.mark.parametrize(
+        ("pieces", "right"),
+        [
+            ([*RECIPE, DONE], True),
+            ([*KIT, RUN_DONE], True),
+            ([*UPSTREAM, DONE], True),
+            (RECIPE, False),
+            ([*RECIPE[:4], *RECIPE[5:], DONE], False),
+            ([*RECIPE, RECIPE[-1], DONE], False),
+            ([*KIT[:3], b'event: run.failed\ndata: {"reason": "internal"}\n\n'], False),
+        ],
+        ids=["recipe", "kit", "upstream", "cut off", "lost", "doubled", "failed"],
+    )
+    def test_text(self, pieces: list[bytes], right: bool):
+        """
+        A time counts when the text is the upstream's, to its end.
+        """
+        asked = self.asked(b"".join(pieces))
+
+        assert (int(right), int(not right)) == (len(asked.times), len(asked.faults))
+
+    def test_chunks_that_were_cut(self):
+        """
+        An answer whose last chunk never came is not whole.
+        """
+        body = b"".join(RECIPE) + DONE
+        chunk = b"%x\r\n%b\r\n" % (len(body), body)
+
+        assert [1, 0] == [len(self.asked(chunk + end, head=CHUNKED_HEAD).times) for end in (b"0\r\n\r\n", b"")]
+
+    def test_run(self, tmp_path: Path):
+        """
+        The kit and the recipe hand the same tokens on, and the upstream's own time is beside them.
+        """
+        command = [sys.executable, "-m", "loadtest.bench", "--quick", "--only", "first_token", "--rounds", "1"]
+        command += ["--peers", "app-memory,quart", "--output", str(tmp_path)]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+
+        assert 0 == done.returncode, done.stderr
+        rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+        assert {"upstream", "app-memory", "quart"} == rows["first_token"].keys()
+        assert all(row["median"] > 0 and not row["faults"] for row in rows["first_token"].values())
+        added = rows["first_token"]["quart"]["median"] - rows["first_token"]["upstream"]["median"]
+        assert added == pytest.approx(rows["first_token_added"]["quart"]["median"], abs=0.01)
 
 
 class TestReport:

@@ -26,6 +26,7 @@ class _Application(Peer):
     handoff = "auto"
     redis = True
     nginx = False
+    run_request = ("/runs", {"kind": "chat", "prompt": "Hello"})
 
     def version(self) -> str:
         """
@@ -43,7 +44,9 @@ class _Application(Peer):
         except PackageNotFoundError as error:
             raise Absent(f"the application needs {error.name}: run make install") from None
 
-    def start(self, folder: Path, *, processes: int = 1, heartbeat: int = HEARTBEAT_SECONDS) -> Running:
+    def start(
+        self, folder: Path, *, processes: int = 1, heartbeat: int = HEARTBEAT_SECONDS, upstream: str = ""
+    ) -> Running:
         """
         Start the application's processes, Redis and nginx where they are used.
         """
@@ -56,6 +59,7 @@ class _Application(Peer):
             "SSE_HEARTBEAT_SECONDS": str(heartbeat),
             "SSE_KEY_PREFIX": KEY_PREFIX,
             "SSE_LOG_FORMAT": "json",
+            "SSE_LLM_BASE_URL": upstream,
             **self.settings(),
         }
         stack = Stack(
@@ -125,6 +129,7 @@ class ApplicationWithTokens(_Application):
     title = "this kit, with tokens and limit per user"
     label = "kit, tokens and limit"
     fans_out = False
+    run_request = None
     users = 1_000
     secret = "0123456789abcdef" * 4
 
@@ -164,6 +169,7 @@ class ApplicationOff(_Application):
     title = "this kit, generator path"
     label = "kit, generator path"
     handoff = "off"
+    run_request = None
 
 
 class ApplicationBehindNginx(_Application):

@@ -85,6 +85,9 @@ class Peer(ABC):
     heartbeats = True
     # Whether `start` can make several processes that carry the same topic.
     scales = False
+    # What is posted for a run: path and body; None: it makes none. Then `start` takes
+    # the upstream's URL.
+    run_request: tuple[str, dict[str, str]] | None = None
 
     @abstractmethod
     def version(self) -> str:

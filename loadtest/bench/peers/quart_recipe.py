@@ -2,6 +2,7 @@
 The usual Quart recipe on Hypercorn: generator and queue.
 """
 
+import os
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -30,6 +31,7 @@ class QuartRecipe(Peer):
     title = "Quart recipe: generator and queue"
     label = "Quart recipe"
     heartbeats = False
+    run_request = ("/chat", {"prompt": "Hello"})
 
     def version(self) -> str:
         """
@@ -40,14 +42,17 @@ class QuartRecipe(Peer):
         except PackageNotFoundError as error:
             raise Absent(f"the Quart recipe needs {error.name}: run make install") from None
 
-    def start(self, folder: Path, *, processes: int = 1, heartbeat: int = HEARTBEAT_SECONDS) -> Running:
+    def start(
+        self, folder: Path, *, processes: int = 1, heartbeat: int = HEARTBEAT_SECONDS, upstream: str = ""
+    ) -> Running:
         """
         Start one Hypercorn without workers of its own.
         """
         port = free_port()
         command = [sys.executable, "-m", "hypercorn", "--worker-class", "uvloop", "--workers", "0"]
         command += ["--bind", f"127.0.0.1:{port}", "--backlog", "4096", "quart_recipe_app:app"]
-        server = Server("quart", command, log=folder / "quart.log", cwd=PROGRAMS)
+        environment = {**os.environ, "UPSTREAM": upstream}
+        server = Server("quart", command, log=folder / "quart.log", env=environment, cwd=PROGRAMS)
         server.wait_until(answers(port))
         publisher = HttpPublisher(port, render_burst)
         return Running(
