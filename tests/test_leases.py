@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from app import leases
 from app.leases import Ask, Lease, Leases, Places, Verdict
 from app.log import ORIGIN, Log, Notice
 from app.redis_leases import RedisLeases
@@ -569,6 +570,30 @@ class TestOneProcess:
         assert len(sizes) <= 8
         with connect(server) as hands:
             assert not hands.keys("*side*streams:user-*")
+
+    async def test_a_crowd_asks_together(self, sides, monkeypatch):
+        """
+        Who comes alone asks at once; who comes soon after it asks with all who do.
+        """
+        monkeypatch.setattr(leases, "GATHER_SECONDS", 1.0)
+        [a] = await sides("a", limit=0)
+        sizes: list[int] = []
+        work = a.leases._store.work  # type: ignore[union-attr]
+
+        async def counted(gone: Any, asks: Any) -> Any:
+            sizes.append(len(asks))
+            return await work(gone, asks)
+
+        a.leases._store.work = counted  # type: ignore[method-assign, union-attr]
+        assert await a.connect()
+        assert [1] == sizes
+        crowd = []
+        for _ in range(20):
+            crowd.append(asyncio.create_task(a.connect()))
+            await asyncio.sleep(0.001)
+
+        assert all(await asyncio.gather(*crowd))
+        assert [1, 20] == sizes
 
     async def test_lapsed(self, sides, server):
         """
