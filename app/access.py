@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, NoReturn, Protocol
 from urllib.parse import quote
 
-from app.event import TOPIC_MAX_CHARACTERS, EventError, covers, matches
+from app.event import TOPIC_MAX_CHARACTERS, USER_TOPICS, EventError, covers, matches
 from app.problem import Problem
 
 USER_MAX_CHARACTERS = 64
@@ -162,7 +162,7 @@ def refuse(name: str, rule: str, value: object = None, cure: str = "Get a new to
 
 def own_topic(user: str) -> str:
     """Return the private topic of *user*."""
-    return "user:" + quote(user, safe="")
+    return USER_TOPICS + quote(user, safe="")
 
 
 def check_user(user: object, name: str = "user") -> str:
@@ -171,7 +171,7 @@ def check_user(user: object, name: str = "user") -> str:
         raise EventError(name, f"must have 1 to {USER_MAX_CHARACTERS} characters", user, "Such as `alice`.")
     if user.encode(errors="replace") != user.encode(errors="surrogatepass"):
         raise EventError(name, "must be text that UTF-8 can carry", user, "A surrogate stands alone.")
-    most = TOPIC_MAX_CHARACTERS - len("user:")
+    most = TOPIC_MAX_CHARACTERS - len(USER_TOPICS)
     if len(quote(user, safe="")) > most:
         raise EventError(
             name,
@@ -189,8 +189,8 @@ def _anybody(user: str | None) -> Caller:
             check_user(user)
         except EventError as error:
             raise Problem.of(error) from None
-    # `*` never reaches the topics of users, so they are named.
-    return Caller(user, subscribe=("*",), publish=("*", "user:*"), admin=True)
+    # `*` never reaches what is private, so that is named: users' topics to publish to alone.
+    return Caller(user, subscribe=("*", "run:*"), publish=("*", "user:*", "run:*"), admin=True)
 
 
 def _cookies(header: str, name: str) -> list[str]:

@@ -17,6 +17,8 @@ NAME_MAX_CHARACTERS = 255
 RETRY_MAX_MS = 86_400_000
 # Names that only the kit itself may use; a subscriber must be able to trust them.
 RESERVED_NAMES = ("stream.", "run.")
+# What only one user reads.
+USER_TOPICS = "user:"
 # A run is a topic with an end. Only the kit writes to these topics.
 RUN_TOPICS = "run:"
 RUN_NAMES = ("run.token", "run.progress", "run.done", "run.failed")
@@ -227,14 +229,26 @@ def matches(subscription: str, topic: str) -> bool:
     """
     Tell whether *subscription* covers *topic*.
 
-    A prefix never reaches a user's own topic unless it begins with ``user:``.
+    A prefix never reaches a private topic unless it names it, see `private_length`.
     """
     if not subscription.endswith("*"):
         return subscription == topic
     prefix = subscription[:-1]
-    if topic.startswith("user:") and not prefix.startswith("user:"):
-        return False
-    return topic.startswith(prefix)
+    return topic.startswith(prefix) and len(prefix) >= private_length(topic)
+
+
+def private_length(topic: str) -> int:
+    """
+    Return how many characters a prefix needs at least to reach *topic*: 0 for most.
+
+    A user's own events, and what somebody asked a model for, are private: ``*`` and
+    ``u*`` are not enough, ``user:*`` and ``run:*`` are.
+    """
+    if topic.startswith(USER_TOPICS):
+        return len(USER_TOPICS)
+    if topic.startswith(RUN_TOPICS):
+        return len(RUN_TOPICS)
+    return 0
 
 
 def covers(pattern: str, subscription: str) -> bool:
@@ -246,7 +260,7 @@ def covers(pattern: str, subscription: str) -> bool:
     """
     if not subscription.endswith("*"):
         return matches(pattern, subscription)
-    # As a topic, the prefix is held to the same rule for users' own topics.
+    # As a topic, the prefix is held to the same rule for private topics.
     return pattern.endswith("*") and matches(pattern, subscription[:-1])
 
 

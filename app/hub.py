@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from random import Random
 
-from app.event import HEARTBEAT, RUN_ENDS, Entry, Piece, encode
+from app.event import HEARTBEAT, RUN_ENDS, Entry, Piece, encode, private_length
 from app.stream import BEHIND, ENDED, LIVE, Stream, packed, send_nothing
 from app.window import Window
 
@@ -393,7 +393,7 @@ class Hub:
                 found.append(line)
             for length, prefixes in self._prefixes.items():
                 line = prefixes.get(topic[:length])
-                if line and (length >= 5 or not topic.startswith("user:")):
+                if line and length >= private_length(topic):
                     found.append(line)
         if len(found) == 1:
             return list(found[0].streams), found[0]

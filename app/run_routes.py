@@ -49,7 +49,7 @@ def run_routes(kit: Kit) -> Blueprint:
                 "kind",
                 f"needs a right to publish to `{RUN_TOPICS}{kind}`",
                 kind,
-                "Ask for a token with that pattern.",
+                "Ask for a token that names it; `*` alone does not.",
             )
         work = kinds[kind](body)
         refusal = kit.refusal()

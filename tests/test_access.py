@@ -8,7 +8,9 @@ from app.access import Access, Caller, check_user, own_topic
 from app.event import EventError, covers, matches
 
 # Few letters, so that patterns and topics meet.
-TOPIC = st.text("us:er/a%", min_size=1, max_size=6) | st.builds("user:{}".format, st.text("ab%", max_size=3))
+TOPIC = st.text("us:er/a%n", min_size=1, max_size=6) | st.builds(
+    "{}:{}".format, st.sampled_from(["user", "run"]), st.text("ab%", max_size=3)
+)
 SUBSCRIPTION = TOPIC | TOPIC.map(lambda topic: topic + "*") | st.just("*")
 
 
@@ -44,10 +46,19 @@ class TestCovers:
             ("user:a*", "user:*", False),
             ("user:alice", "user:alice*", False),
             ("user:alice", "user:alice2", False),
+            ("run:*", "run:x", True),
+            ("run:*", "run:*", True),
+            ("run:chat", "run:chat", True),
+            ("*", "run:x", False),
+            ("*", "run:*", False),
+            ("run*", "run:x", False),
+            ("ru*", "run*", True),
+            ("run*", "run:*", False),
+            ("r*", "running/1", True),
         ],
     )
     def test_cases(self, pattern, subscription, covered):
-        """Neither a look-alike nor a part is enough, and users' topics are named or not covered."""
+        """Neither a look-alike nor a part is enough, and what is private is named or not covered."""
         assert covered == covers(pattern, subscription)
 
     @given(SUBSCRIPTION, SUBSCRIPTION, TOPIC)
@@ -96,13 +107,15 @@ class TestNone:
     """SSE_AUTH=none: for trying things out."""
 
     async def test_anybody(self):
-        """Anybody may read and publish everything but read users' topics."""
+        """Anybody may read, publish and start everything but read users' topics."""
         caller = await Access().caller({}, {})
 
         assert (None, "none", None) == (caller.user, caller.carrier, caller.expires_at)
         assert caller.may_subscribe("a/*")
         assert caller.may_publish("a")
         assert caller.may_publish("user:alice")
+        assert caller.may_publish("run:chat")
+        assert caller.may_subscribe("run:x")
         assert not caller.may_subscribe("user:alice")
 
     async def test_user(self):

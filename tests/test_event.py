@@ -204,6 +204,8 @@ class TestMatches:
             ("user:*", "user:ann"),
             ("user:a*", "user:ann"),
             ("use*", "useful"),
+            ("run:*", "run:x"),
+            ("ru*", "running"),
         ],
     )
     def test_match(self, subscription, topic):
@@ -222,6 +224,9 @@ class TestMatches:
             ("u*", "user:ann"),
             ("user*", "user:ann"),
             ("user:b*", "user:ann"),
+            ("*", "run:x"),
+            ("run*", "run:x"),
+            ("run:y*", "run:x"),
         ],
     )
     def test_no_match(self, subscription, topic):

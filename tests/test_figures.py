@@ -58,8 +58,11 @@ async def test_runs_need_rights(pair):
     To start a run needs a right to its kind; to read one, to have started it or a right to its topic.
     """
     body = {"kind": "chat", "prompt": "Hello", "max_tokens": 1}
-    async with reading(pair[0], body=body, headers=bearer(token("alice", publish=["orders/*"]))) as refused:
-        pass
+    statuses = {}
+    for pattern in ("orders/*", "*", "run:task"):
+        async with reading(pair[0], body=body, headers=bearer(token("alice", publish=[pattern]))) as refused:
+            statuses[pattern] = refused.status
+    assert {"orders/*": 403, "*": 403, "run:task": 403} == statuses
     async with reading(pair[0], body=body, headers=bearer(token("alice", publish=["run:chat"]))) as made:
         await made.until_ended()
     run = made.run
@@ -67,11 +70,53 @@ async def test_runs_need_rights(pair):
     for name, who in {
         "its maker": token("alice"),
         "another": token("bob"),
+        "one with the right to all that is not private": token("bob", subscribe=["*"]),
         "one with the right": token("bob", subscribe=["run:*"]),
     }.items():
         statuses[name] = (await ask(pair[1].port, "HEAD", f"/runs/{run}/events", headers=bearer(who))).status
     cancel = await ask(pair[1].port, "DELETE", f"/runs/{run}", headers=bearer(token("bob", subscribe=["run:*"])))
 
-    assert (403, 200) == (refused.status, made.status)
-    assert {"its maker": 200, "another": 403, "one with the right": 200} == statuses
+    assert 200 == made.status
+    assert {
+        "its maker": 200,
+        "another": 403,
+        "one with the right to all that is not private": 403,
+        "one with the right": 200,
+    } == statuses
     assert 403 == cancel.status
+
+
+@pytest.mark.parametrize("who", [0, 1], ids=["handoff", "generator"])
+async def test_runs_are_private(pair, who):
+    """
+    No prefix carries what somebody asked a model for, live or replayed, unless it begins with `run:`.
+    """
+    app = pair[who]
+    all_of_it, named = bearer(token("bob", subscribe=["*"])), bearer(token("bob", subscribe=["run:*"]))
+    body = {"kind": "chat", "prompt": "Hello", "max_tokens": 1}
+    assert 403 == (await ask(app.port, "HEAD", "/events?topic=run:*", headers=all_of_it)).status
+    async with (
+        reading(app, path="/events?topic=*&topic=r*&topic=run*", headers=all_of_it) as live,
+        reading(app, path="/events?topic=run:*", headers=named) as allowed,
+    ):
+        await asyncio.gather(live.until_open(), allowed.until_open())
+        position = live.position
+        async with reading(app, body=body, headers=bearer(token("alice", publish=["run:chat"]))) as made:
+            await made.until_ended()
+        await allowed.until(lambda s: s.told("run.done"))
+        last = await ask(
+            app.port,
+            "POST",
+            "/publish",
+            headers={"Content-Type": "application/json"} | bearer(token(publish=["*"])),
+            body=b'{"topics": ["running"], "data": "last"}',
+        )
+        assert 201 == last.status
+        await live.until(lambda s: "last" in s.data)
+    async with reading(
+        app, path="/events?topic=*&topic=r*&topic=run*", headers=all_of_it, last_event_id=position
+    ) as replayed:
+        await replayed.until(lambda s: "last" in s.data)
+
+    assert ["last"] == live.data == replayed.data
+    assert ["run.token", "run.done"] == [event.event for event in allowed.events]
