@@ -170,6 +170,7 @@ class Toy:
     answer: int | str = "stream"
     status_body: bytes = b'{"title": "the application\'s own words"}'
     headers: str = ""
+    retry_after: str = "7"
     heads: list[str] = field(default_factory=list)
     written: int = 0
     gone: int = 0
@@ -210,8 +211,8 @@ class Toy:
                     answer = 503 if self.draining else 200
                 if isinstance(answer, int):
                     writer.write(
-                        f"HTTP/1.1 {answer} Status\r\nContent-Type: application/problem+json\r\nRetry-After: 7\r\n"
-                        f"{self.headers}Content-Length: {len(self.status_body)}\r\n\r\n".encode() + self.status_body
+                        f"HTTP/1.1 {answer} Status\r\nContent-Type: application/problem+json\r\n"
+                        f"Retry-After: {self.retry_after}\r\n{self.headers}Content-Length: {len(self.status_body)}\r\n\r\n".encode() + self.status_body
                     )
                     continue
                 if answer == "hang up":

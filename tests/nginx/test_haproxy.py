@@ -189,6 +189,18 @@ class TestSoftFail:
             assert (status, "7") == (api.status, api.headers["retry-after"])
             assert toy.status_body == await api.whole()
 
+    async def test_told_for_how_long(self, haproxy, toys):
+        """A process that names a longer time is believed, a short one is spread."""
+        proxy, (toy,) = await front(haproxy, toys)
+        toy.answer = 429
+        retries = []
+        async with way("plain", proxy.port_of("plain")) as client:
+            for toy.retry_after in ("57", "9"):
+                retries.append(int((await (await client.ask("/events", NATIVE)).whole()).split()[1]))
+
+        assert 57_000 == retries[0]
+        assert 2_000 <= retries[1] <= 8_000
+
     async def test_no_process_at_all(self, haproxy, toys, way_name):
         """A dead application is no reason to give up for ever, neither before nor after it was noticed."""
         listener = socket.create_server(("127.0.0.1", 0))

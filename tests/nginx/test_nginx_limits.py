@@ -196,6 +196,20 @@ class TestRefusal:
             assert (429, "7") == (answer.status, answer.headers["retry-after"])
             assert toy.status_body == await answer.whole()
 
+    async def test_told_for_how_long(self, nginx, toys):
+        """A process that names a longer time is believed by the soft fail, a short or odd one is spread."""
+        (toy,) = await toys()
+        toy.answer = 429
+        front = nginx([toy.server])
+        retries = {}
+        async with way("plain", front.port) as client:
+            for told in ("57", "9", "soon", "99999"):
+                toy.retry_after = told
+                retries[told] = int((await (await client.ask("/events", NATIVE)).whole()).split()[1])
+
+        assert 57_000 == retries.pop("57")
+        assert all(2_000 <= retry <= 8_000 for retry in retries.values())
+
     @pytest.mark.parametrize("status", [429, 503])
     async def test_the_api_goes_on(self, nginx, toys, way_name, status):
         """A hundred refused streams leave every publish working."""
