@@ -63,10 +63,12 @@ class Control:
         self._process = process
         self._hub = hub
         self._log = log
-        self._asked: dict[str, asyncio.Future[Renewal]] = {}
+        self._asked: dict[str, asyncio.Future[dict[str, str]]] = {}
         heed["end"] = self._heed_end
         heed["renew"] = self._heed_renew
-        heed["renewed"] = self._heed_renewed
+        heed["renewed"] = self._heed_answer
+        heed["look"] = self._heed_look
+        heed["looked"] = self._heed_answer
         self._answers: set[asyncio.Task[None]] = set()
 
     async def end(self, stream: str, reason: str) -> None:
@@ -80,22 +82,18 @@ class Control:
             return self._renew_here(stream, caller)
         if not _ELSEWHERE.fullmatch(stream):
             return Renewal(False)
-        number = secrets.token_hex(8)
-        answer: asyncio.Future[Renewal] = asyncio.get_running_loop().create_future()
-        self._asked[number] = answer
-        fields = {
-            "stream": stream,
-            "number": number,
-            "caller": json.dumps([caller.user, caller.subscribe, caller.expires_at]),
-        }
-        try:
-            await self._log.notify(Notice("renew", fields))
-            with suppress(TimeoutError):
-                async with asyncio.timeout(_ANSWER_SECONDS):
-                    return await answer
-        finally:
-            del self._asked[number]
-        return Renewal(False)
+        told = json.dumps([caller.user, caller.subscribe, caller.expires_at])
+        answer = await self._ask("renew", {"stream": stream, "caller": told})
+        if answer is None:
+            return Renewal(False)
+        return Renewal(answer["found"] == "1", answer["refused"], answer["ticket"])
+
+    async def lives(self, stream: str) -> bool:
+        """Tell whether *stream* is open, or about to be; its process may be gone. Raises LogUnavailable."""
+        if self._is_here(stream):
+            return self._lives_here(stream)
+        answer = await self._ask("look", {"stream": stream})
+        return answer is not None and answer["found"] == "1"
 
     def begun(self, stream: Stream) -> None:
         """End *stream*, which has just begun, if that was asked for while it was on its way."""
@@ -108,8 +106,25 @@ class Control:
         left = float("inf") if caller.expires_at is None else caller.expires_at - time.time()
         return self._hub.clock() + left
 
+    async def _ask(self, kind: str, fields: dict[str, str]) -> dict[str, str] | None:
+        """Return what the process of a stream answers; None where it does not."""
+        number = secrets.token_hex(8)
+        answer: asyncio.Future[dict[str, str]] = asyncio.get_running_loop().create_future()
+        self._asked[number] = answer
+        try:
+            await self._log.notify(Notice(kind, {**fields, "number": number}))
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_ANSWER_SECONDS):
+                    return await answer
+        finally:
+            del self._asked[number]
+        return None
+
     def _is_here(self, stream: str) -> bool:
         return stream.startswith(f"{self._process}-")
+
+    def _lives_here(self, id: str) -> bool:
+        return id in self._hub.streams or id in self.coming
 
     def end_here(self, id: str, reason: str) -> bool:
         """End the stream *id* for *reason*, or as soon as it has begun; False if it is not here."""
@@ -157,22 +172,34 @@ class Control:
             return
         user, subscribe, expires_at = json.loads(fields["caller"])
         done = self._renew_here(fields["stream"], Caller(user, tuple(subscribe), expires_at=expires_at))
-        answer = {
-            "number": fields["number"],
-            "found": str(int(done.found)),
-            "refused": done.refused,
-            "ticket": done.ticket,
-        }
-        task = asyncio.get_running_loop().create_task(self._answer(Notice("renewed", answer)))
+        self._answer(
+            Notice(
+                "renewed",
+                {
+                    "number": fields["number"],
+                    "found": str(int(done.found)),
+                    "refused": done.refused,
+                    "ticket": done.ticket,
+                },
+            )
+        )
+
+    def _heed_look(self, fields: dict[str, str]) -> None:
+        if self._is_here(fields["stream"]):
+            found = str(int(self._lives_here(fields["stream"])))
+            self._answer(Notice("looked", {"number": fields["number"], "found": found}))
+
+    def _answer(self, notice: Notice) -> None:
+        task = asyncio.get_running_loop().create_task(self._notify(notice))
         self._answers.add(task)
         task.add_done_callback(self._answers.discard)
 
-    async def _answer(self, notice: Notice) -> None:
+    async def _notify(self, notice: Notice) -> None:
         # Without an answer whoever asked says 404, and is asked again.
         with suppress(Exception):
             await self._log.notify(notice)
 
-    def _heed_renewed(self, fields: dict[str, str]) -> None:
+    def _heed_answer(self, fields: dict[str, str]) -> None:
         answer = self._asked.get(fields["number"])
         if answer is not None and not answer.done():
-            answer.set_result(Renewal(fields["found"] == "1", fields["refused"], fields["ticket"]))
+            answer.set_result(fields)

@@ -128,6 +128,10 @@ class RedisTickets:
         before = await self._run(self._hold, keys=[self._key(ticket)], args=[stream])
         return None if before is None else before.decode()
 
+    async def serves(self, ticket: str) -> str | None:
+        held = await told(self._client.hget(self._key(ticket), "stream"))
+        return None if held is None else held.decode()
+
     async def renew(self, ticket: str, caller: Caller) -> None:
         await self._run(self._renew, keys=[self._key(ticket)], args=self._rights(caller))
 

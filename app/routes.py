@@ -257,6 +257,8 @@ async def open_stream(
 ) -> Response:
     """Return the answer that is a stream of *topics* from *place*, which *caller* may read."""
     extensions: dict[str, Any] = request.scope["extensions"]
+    if caller.ticket is not None and is_marked(place.asked):
+        await _leave_ticket(kit, caller.ticket)
     stream = Stream(
         kit.next_stream_id(),
         topics,
@@ -406,6 +408,26 @@ def may_connect(caller: Caller, kit: Kit) -> None:
             "Something connects in a loop; wait before connecting again.",
             wait_seconds=wait + kit.hub.random.uniform(2, 8),
         )
+
+
+async def _leave_ticket(kit: Kit, ticket: str) -> None:
+    """
+    Refuse a client that lost its stream to another with the same *ticket*, which still has one.
+
+    Else both would take turns for ever: two tabs with one address.
+    """
+    served = await kit.tickets.serves(ticket)
+    if served is None or not await kit.control.lives(served):
+        return
+    raise Problem(
+        429,
+        "ticket-busy",
+        "ticket",
+        "must serve one stream at a time, and another client has it",
+        None,
+        "Make a ticket for each client: POST /tickets.",
+        wait_seconds=kit.hub.random.uniform(0.75, 1.25) * kit.settings.evicted_retry_seconds,
+    )
 
 
 async def _take_place(kit: Kit, stream: Stream, before: str | None) -> None:

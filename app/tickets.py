@@ -49,6 +49,9 @@ class Tickets(Protocol):
     async def hold(self, ticket: str, stream: str) -> str | None:
         """Let *stream* be the one that *ticket* (its hash) serves; return the one before."""
 
+    async def serves(self, ticket: str) -> str | None:
+        """Return the stream that *ticket* (its hash) serves, or has served last."""
+
     async def renew(self, ticket: str, caller: Caller) -> None:
         """Give the rights and the end of *caller* to *ticket* (its hash), if it is alive."""
 
@@ -132,6 +135,10 @@ class MemoryTickets:
             return None
         before, kept.stream = kept.stream, stream
         return before
+
+    async def serves(self, ticket: str) -> str | None:
+        kept = self._alive(ticket)
+        return None if kept is None else kept.stream
 
     async def renew(self, ticket: str, caller: Caller) -> None:
         kept = self._alive(ticket)

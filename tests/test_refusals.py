@@ -405,6 +405,29 @@ class TestTicket:
                 assert "stream.evicted" == first.names[-1]
                 assert [second.opened["stream"]] == [stream.id for stream in server.streams()]
 
+    async def test_for_two_tabs(self, server):
+        """Whoever lost it to another client does not take it back as long as that one reads; then they may."""
+        query = f"ticket={await self.ticket(server)}"
+        with Reader.open(server.port, "orders/1", query=query) as first:
+            first.until_open()
+            with Reader.open(server.port, "orders/1", query=query) as second:
+                second.until_open()
+                await asyncio.to_thread(first.until_over)
+                mark = first.last_event_id
+                with Reader.open(server.port, "orders/1", query=query, resume=mark) as again:
+                    await asyncio.to_thread(again.until, lambda reader: reader.retry_ms)
+                assert "429" == again.headers["x-sse-fallback"]
+                assert 40_000 < again.retry_ms < 80_000  # a jittered minute
+                await refused(
+                    server, 429, "ticket", "serve one", path=f"{EVENTS}&{query}", headers={"Last-Event-ID": mark}
+                )
+                assert [second.opened["stream"]] == [stream.id for stream in server.streams()]
+        deadline = time.monotonic() + 20
+        while server.streams():
+            assert time.monotonic() < deadline, "the second has left"
+        with Reader.open(server.port, "orders/1", query=query, resume=mark) as again:
+            again.until_open()
+
     async def test_opens_streams_alone(self, server):
         """It stands in a URL, so it can neither publish nor make another one."""
         ticket = await self.ticket(server)

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from app.stack import Stack
-from tests.live import ask
+from app.tickets import read_ticket
+from tests.live import ask, connect
 from tests.signing import SECRET, bearer, token
 from tests.wire import Reader
 
@@ -82,6 +83,25 @@ class TestElsewhere:
                 assert {"reason": "revoked"} == json.loads(second.events[-1].data)
         with Reader.open(one.port, "orders/1", query=query) as again:
             assert 401 == again.status
+
+    async def test_ticket_of_two_tabs(self, stack):
+        """Whom another client ended does not take its ticket back, wherever that one reads, unless its process is gone."""
+        one, other = stack.apps
+        text = await ticket(one.port, right())
+        query = f"ticket={text}"
+        with Reader.open(other.port, "orders/1", query=query) as first:
+            await asyncio.to_thread(first.until_open)
+            with Reader.open(one.port, "orders/1", query=query) as second:
+                await asyncio.to_thread(second.until_open)
+                await asyncio.to_thread(first.until_over)
+                back = {"Last-Event-ID": first.last_event_id}
+                refused = await ask(other.port, "GET", f"/events?topic=orders/1&{query}", headers=back)
+                assert (429, "urn:sse-kit:ticket-busy") == (refused.status, refused.json["type"])
+                # As if it had been served by a process that was killed.
+                with connect(stack.redis) as redis:
+                    redis.hset(f"{{sse}}:ticket:{read_ticket(text)[1]}", "stream", "000000-7")
+                with Reader.open(other.port, "orders/1", query=query, resume=first.last_event_id) as again:
+                    await asyncio.to_thread(again.until_open)
 
     async def test_race_for_a_ticket(self, stack):
         """However many streams begin at once, one is left in the end."""

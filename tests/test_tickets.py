@@ -130,7 +130,9 @@ class TestStreams:
         await make().find(ticket.text)
         held = read_ticket(ticket.text)[1]
 
+        assert await make().serves(held) is None
         assert [None, "s-1", "s-2"] == [await make().hold(held, stream) for stream in ("s-1", "s-2", "s-3")]
+        assert "s-3" == await make().serves(held)
 
     async def test_asked_again(self, module_redis_server):
         """Who asks again, because an answer was lost, gets the same one."""
