@@ -71,7 +71,7 @@ token: venv ## Make a token for AUTH=jwt (SUB=alice SUBSCRIBE='a b/*' PUBLISH= A
 
 .PHONY: run
 run: venv ## One process on PORT, log in memory; no Redis, no nginx.
-	@SSE_PORT="$(PORT)" SSE_DRAIN_SECONDS=$${SSE_DRAIN_SECONDS:-2} exec $(PYTHON) -m app
+	@SSE_PORT="$(PORT)" SSE_DRAIN_SECONDS=$${SSE_DRAIN_SECONDS:-2} SSE_TASK_ROOT="$${SSE_TASK_ROOT-app}" exec $(PYTHON) -m app
 
 ##@ Look
 

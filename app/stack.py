@@ -52,6 +52,9 @@ STOP_SECONDS = 10.0
 # What `make up` gives streams to end in, unless SSE_DRAIN_SECONDS says
 # otherwise: nobody wants to wait 45 s for `make down` on a laptop.
 LOCAL_DRAIN_SECONDS = "2"
+# What the task `checksums` may read there, so that it can be tried: the kit's own
+# files, which are no secret. SSE_TASK_ROOT chooses another folder, or none.
+LOCAL_TASK_ROOT = str(ROOT / "app")
 
 
 class StackError(Exception):
@@ -749,7 +752,7 @@ def up(port: int, apps: int, env: Mapping[str, str], auth: str = "none") -> str:
     With *auth* "jwt" it asks for tokens, signed with a secret made here.
     """
     directory = RUN / str(port)
-    env = {"SSE_DRAIN_SECONDS": LOCAL_DRAIN_SECONDS} | dict(env)
+    env = {"SSE_DRAIN_SECONDS": LOCAL_DRAIN_SECONDS, "SSE_TASK_ROOT": LOCAL_TASK_ROOT} | dict(env)
     try:
         stop_seconds = float(env["SSE_DRAIN_SECONDS"]) + STOP_SECONDS
     except ValueError:

@@ -1,6 +1,7 @@
 """The stack on one machine: what `make up` promises, and what tests rely on."""
 
 import contextlib
+import hashlib
 import http.client
 import json
 import os
@@ -49,6 +50,14 @@ def subscribe(url: str, topic: str) -> http.client.HTTPResponse:
     while response.readline() != b"\n":
         pass
     return response
+
+
+def start(port: int, path: str) -> dict:
+    """Start the task `checksums`, and return what its last event says."""
+    body = json.dumps({"kind": "task", "task": "checksums", "arguments": {"path": path}}).encode()
+    request = urllib.request.Request(f"http://127.0.0.1:{port}/runs", body, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=10) as response:
+        return json.loads([line for line in response.read().splitlines() if line.startswith(b"data: {")][-1][6:])
 
 
 def group(pid: int) -> list[int]:
@@ -255,6 +264,28 @@ class TestUp:
 
         assert module.up(free_port, 1, {}).startswith("It runs already, with 1 application process")
         assert before == pids(run, free_port)
+
+    def test_task_to_try(self, run: Path, free_port: int):
+        """The task of the page runs out of the box, over the kit's own files and no others."""
+        module.up(free_port, 1, {})
+
+        told = {path: start(free_port, path) for path in ("parser.py", "..", "../.run")}
+
+        digest = hashlib.sha256((ROOT / "app/parser.py").read_bytes()).hexdigest()
+        assert [{"path": "parser.py", "bytes": (ROOT / "app/parser.py").stat().st_size, "sha256": digest}] == (
+            told["parser.py"]["files"]
+        )
+        assert {"invalid"} == {told[path]["reason"] for path in ("..", "../.run")}
+
+    def test_no_task(self, run: Path, free_port: int, monkeypatch):
+        """Whoever sets SSE_TASK_ROOT is heard, also where it is empty."""
+        chosen = []
+        monkeypatch.setattr(module, "Stack", lambda **options: chosen.append(options["env"]) or 1 / 0)
+        for env in ({}, {"SSE_TASK_ROOT": ""}, {"SSE_TASK_ROOT": "/srv"}):
+            with pytest.raises(ZeroDivisionError):
+                module.up(free_port, 1, env)
+
+        assert [str(ROOT / "app"), "", "/srv"] == [env["SSE_TASK_ROOT"] for env in chosen]
 
     def test_status(self, run: Path, free_port: int):
         """`status` tells every port on which something answers, those of the metrics too."""
