@@ -4,6 +4,7 @@
 
 import { byId, element, integers, showProblem } from "./parts.js";
 import { connect } from "./sse-client.js";
+import { supply } from "./token.js";
 
 const EVENT = "operator.figures";
 // A process that told nothing for so long has gone.
@@ -25,6 +26,7 @@ function start() {
   byId("watch").textContent = "Stop watching";
   stream = connect("operator/events", {
     mode: "fetch",
+    token: supply(() => stream.state === "open"),
     on: { [EVENT]: take },
     onerror: ({ problem }) => {
       showProblem(byId("operator-problem"), problem);

@@ -7,6 +7,7 @@
 
 import { byId, clock, element, integers, readProblem, showProblem, wholeSeconds, words } from "./parts.js";
 import { connect } from "./sse-client.js";
+import { authorization, sharing, supply, takeToken } from "./token.js";
 
 const DEFAULT_TOPICS = ["demo", "logs"];
 const DEFAULT_ROWS = 200;
@@ -73,18 +74,23 @@ function writeView() {
 let stream = null;
 let position = ""; // the last event id seen
 let everOpen = false;
+let connects = 0;
 
-function connectStream() {
+async function connectStream() {
+  const number = ++connects;
   stream?.close();
   everOpen = false;
   showProblem(byId("stream-problem"), null);
   const url = new URL("events", location.href);
   if (view.user) url.searchParams.set("user", view.user);
+  const share = await sharing(`${url} ${view.topics}`);
+  if (number !== connects) return; // connected anew meanwhile
   stream = connect(url, {
     topics: view.topics,
     // By fetch, so that events of every name are heard.
     mode: "fetch",
-    share: true,
+    share,
+    token: supply(() => stream.state === "open"),
     // A position is of the log, not of a subscription, so a stream with other
     // topics continues where this one stood.
     lastEventId: position,
@@ -287,7 +293,7 @@ async function publish() {
   try {
     answer = await fetch("publish", {
       method: "POST",
-      headers: { "Content-Type": "application/json" },
+      headers: { "Content-Type": "application/json", ...authorization() },
       body: JSON.stringify(said),
     });
   } catch (error) {
@@ -328,9 +334,11 @@ function showCommands() {
   const query = new URLSearchParams();
   for (const topic of view.topics) query.append("topic", topic);
   const first = JSON.stringify({ topics: view.topics.slice(0, 1), data: "hello" });
-  byId("curl-listen").textContent = `curl -N ${quoted(`${base}events?${query}`)}`;
+  // A variable of the shell: the token itself stays where it is.
+  const token = authorization().Authorization ? '-H "Authorization: Bearer $TOKEN" ' : "";
+  byId("curl-listen").textContent = `curl -N ${token}${quoted(`${base}events?${query}`)}`;
   byId("curl-publish").textContent =
-    `curl ${base}publish \\\n  -H content-type:application/json \\\n  -d ${quoted(first)}`;
+    `curl ${base}publish \\\n  ${token}-H content-type:application/json \\\n  -d ${quoted(first)}`;
 }
 
 function quoted(text) {
@@ -340,12 +348,15 @@ function quoted(text) {
 
 byId("subscription").addEventListener("submit", (event) => {
   event.preventDefault();
+  const before = String([view.topics, view.user]);
   const topics = words(byId("topics").value);
   view.topics = topics.length ? topics : DEFAULT_TOPICS;
   view.user = byId("user").value.trim();
   writeView();
+  // With a new token alone, an open stream goes on as it is.
+  const goesOn = takeToken() && stream?.state === "open" && before === String([view.topics, view.user]);
   showView();
-  connectStream();
+  if (!goesOn) connectStream();
 });
 
 byId("notify").addEventListener("submit", async (event) => {
@@ -356,7 +367,7 @@ byId("notify").addEventListener("submit", async (event) => {
   try {
     const answer = await fetch("publish", {
       method: "POST",
-      headers: { "Content-Type": "application/json" },
+      headers: { "Content-Type": "application/json", ...authorization() },
       body: JSON.stringify({
         topics: [`user:${encodeURIComponent(user)}`],
         event: "notification",

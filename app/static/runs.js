@@ -7,6 +7,7 @@
 
 import { byId, element, showProblem } from "./parts.js";
 import { run } from "./sse-client.js";
+import { supply } from "./token.js";
 
 // How often a question is asked in all, where processes are lost.
 const MOST_ASKED = 3;
@@ -81,6 +82,7 @@ async function follow(id, body, take) {
   if (id === "chat") told.append(" ");
   let opens = 0;
   const answer = run("runs", body, {
+    token: supply(),
     on: {
       "stream.open": ({ process }) => {
         opens += 1;

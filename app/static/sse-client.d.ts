@@ -78,6 +78,7 @@ export interface Options<Events = {}> {
   /**
    * One stream for all tabs that share: `true` means those with the same address, a text those
    * with the same text. Needs a secure context; elsewhere each tab has a stream of its own.
+   * (!) Where tabs of one browser may be different users, give each user a text of their own.
    */
   share?: boolean | string;
   /** Where to begin: an id that was read before, or `earliest` for all that is kept. */
