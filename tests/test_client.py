@@ -16,7 +16,7 @@ import httpx2
 import pytest
 
 from app import client as client_module
-from app.client import GaveUp, Refused, ServerSentEvent, StreamReset, listen, publish
+from app.client import GaveUp, Refused, RunFailed, ServerSentEvent, StreamReset, listen, publish, run
 from app.event import encode
 from app.stack import Stack
 from tests.scripted_server import accepted, dropped, serving, silent, status, stream
@@ -410,6 +410,60 @@ class TestMakeBeforeBreak:
                         break
             while server.gone < 2:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
+
+
+def run_opened(number: int) -> bytes:
+    return encode(id=f"e:{number}", event="stream.open", data='{"topics": ["run:r"], "heartbeat_seconds": 15}', retry=1)
+
+
+def told(number: int, text: str) -> bytes:
+    return encode(id=f"e:{number}", event="run.token", data=text)
+
+
+RUN_DONE = encode(id="e:9", event="run.done", data="{}")
+
+
+class TestRun:
+    @pytest.mark.parametrize("late", [0.0, 0.2], ids=["at once", "late"])
+    @pytest.mark.parametrize("then", ["hold", "end", "cut"])
+    async def test_one_stream_follows_the_other(self, then, late):
+        """At a drain the run is started once and read by two streams, whichever ends or opens first."""
+        first = stream(run_opened(0), told(1, "a") + DRAINING + told(2, "b"), then=then)
+        second = stream(late, run_opened(1), told(2, "b") + told(3, "c"), 0.1, RUN_DONE)
+        opens, waits = [], []
+        async with serving(first, second) as server:
+            events = [
+                event
+                async for event in run(
+                    server.url, {"kind": "chat"}, on_open=opens.append, on_wait=lambda *wait: waits.append(wait)
+                )
+            ]
+
+        assert ["a", "b", "c", "{}"] == [event.data for event in events]
+        asked = [(request.method, request.path, request.headers.get("last-event-id")) for request in server.requests]
+        assert [("POST", "/runs", None), ("GET", "/runs/r/events", "e:1")] == asked
+        assert (2, []) == (len(opens), waits)
+
+    async def test_started_once(self):
+        """A POST whose answer was lost is repeated under its key; the run's id then leads to the rest."""
+        first = stream(run_opened(0), told(1, "a"), then="cut")
+        async with serving(status(503), dropped, first, stream(run_opened(1), RUN_DONE)) as server:
+            async for _ in run(server.url, {"kind": "chat", "prompt": "x"}):
+                pass
+
+        assert ["POST", "POST", "POST", "GET"] == [request.method for request in server.requests]
+        assert 1 == len({request.headers["idempotency-key"] for request in server.requests[:3]})
+        assert [{"kind": "chat", "prompt": "x"}] * 3 == [request.json for request in server.requests[:3]]
+
+    async def test_failed(self):
+        """`run.failed` is raised with its reason, and no other stream is opened."""
+        failed = encode(id="e:1", event="run.failed", data='{"reason": "too_long", "detail": "It took too long."}')
+        async with serving(stream(run_opened(0), failed)) as server:
+            with pytest.raises(RunFailed, match="too_long"):
+                async for _ in run(server.url, {"kind": "chat"}):
+                    pass
+
+        assert 1 == len(server.requests)
 
 
 class TestWaiting:

@@ -7,15 +7,20 @@ React itself is not here: the hook meets the three functions of React that it us
 import asyncio
 import importlib.util
 import json
+import re
+import shlex
 import shutil
+import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.live import DEADLINE, Site, connect, run, subscribed
+from tests.live import DEADLINE, Site, becomes, connect, logged, run, subscribed
 
-RECIPES = Path(__file__).parent.parent / "app" / "recipes"
+ROOT = Path(__file__).parent.parent
+RECIPES = ROOT / "app" / "recipes"
 STATIC = RECIPES.parent / "static"
 TEXT = 'größe "quoted" \\ $HOME `x` 😀\nsecond line'
 
@@ -25,7 +30,7 @@ def served(require) -> Iterator[tuple]:
     require("redis-server", "valkey-server")
     with Site() as site:
         server = site.redis()
-        yield server, site.app(server)
+        yield server, site.app(server, task_root=str(RECIPES.parent))
 
 
 @pytest.fixture
@@ -123,6 +128,112 @@ async def test_the_publishers_own_acl(served, require):
 
         await stream.until_data('{"id":7}')
     assert "NOPERM" in said
+
+
+def printed() -> dict[str, tuple[list[str], list[str]]]:
+    """Return commands and output of each section of the recipes' README, as they are printed."""
+    found = {}
+    for section in (RECIPES / "README.md").read_text().split("\n### ")[1:]:
+        name, rest = section.split("\n", 1)
+        text = rest.split("```text\n", 1)[1].split("```", 1)[0]
+        found[name] = (re.findall(r"(?m)^\$ (.+)$", rest.split("```text", 1)[0]), text.splitlines())
+    return found
+
+
+@pytest.mark.parametrize("name", printed())
+async def test_as_printed(served, require, name):
+    """
+    Whoever follows the README sees what it shows.
+    """
+    require("curl")
+    _, app = served
+    commands, expected = printed()[name]
+    read, *publish = [shlex.split(command.replace("http://localhost:8080", app.url)) for command in commands]
+    curl = await asyncio.create_subprocess_exec(*read, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL)
+    assert curl.stdout
+    shown: list[str] = []
+    try:
+        async with asyncio.timeout(DEADLINE):
+            while (line := (await curl.stdout.readline()).decode()) != "event: stream.open\n":
+                assert line, "the stream has ended"
+            await curl.stdout.readuntil(b"\n\n")
+            if publish:
+                await run(*publish[0])
+            while len(shown) < len(expected):
+                line = (await curl.stdout.readline()).decode()
+                assert line, (shown, "is all there was")
+                if line.startswith(("event: ", "data: ")) and not line.startswith("event: stream."):
+                    pattern = re.escape(expected[len(shown)]).replace("…", ".*")
+                    if publish or re.fullmatch(pattern, line.strip()):
+                        shown.append(line.strip())
+                        assert re.fullmatch(pattern, line.strip()), shown
+    finally:
+        curl.kill()
+        await curl.wait()
+
+    assert 6 == len(printed())
+
+
+async def test_python_typed(served, tmp_path):
+    """
+    What the README says that `follow.py` says, it says.
+    """
+    _, app = served
+    section = (ROOT / "README.md").read_text().split("## In Python", 1)[1].split("\n## ", 1)[0]
+    follow, publish = re.findall(r"(?m)^\$ (.+)$", section)
+    said = section.split("```text\n", 1)[1].split("```", 1)[0]
+    command = shlex.split(follow.replace("http://localhost:8080", app.url))[1:]
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, *command, cwd=ROOT, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
+    )
+    assert process.stdout
+    try:
+        async with asyncio.timeout(DEADLINE):
+            await becomes(lambda: streams_of(app, "orders"), "it follows the topic")
+            await run(*shlex.split(publish.replace("http://localhost:8080", app.url)))
+            lines = [await process.stdout.readline() for _ in said.splitlines()]
+    finally:
+        process.kill()
+        await process.wait()
+
+    assert said == b"".join(lines).decode()
+
+
+async def streams_of(app, topic):
+    """How many streams of *topic* the process has opened."""
+    return [line for line in logged(app, "stream_opened") if topic in line["topics"]]
+
+
+if shutil.which("go"):
+
+    async def test_go(tmp_path, stack):
+        """
+        Every event once and in order, over many streams, while the process is killed and comes back.
+        """
+        kit = await asyncio.to_thread(stack, apps=1, nginx=False, env={"SSE_MAX_AGE_SECONDS": "0.5", "SSE_HEARTBEAT_SECONDS": "0.4", "SSE_RETRY_MS": "20"})
+        server, [app] = kit.redis, kit.apps
+        await run("go", "build", "-o", str(tmp_path / "listen"), str(RECIPES / "listen.go"))
+        process = await asyncio.create_subprocess_exec(
+            str(tmp_path / "listen"), app.url, "recipes/go", stdout=asyncio.subprocess.PIPE
+        )
+        assert process.stdout
+        try:
+            async with asyncio.timeout(DEADLINE):
+                await becomes(lambda: streams_of(app, "recipes/go"), "it follows the topic")
+                with connect(server) as redis:
+                    for number in range(100):
+                        if number == 50:
+                            await asyncio.to_thread(app.restart, signal.SIGKILL)
+                        redis.xadd("{sse}:log", {"v": "1", "topics": "recipes/go", "data": f"{number}\nö"})
+                        await asyncio.sleep(0.02)
+                lines = [(await process.stdout.readline()).decode().split(" ", 2) for _ in range(100)]
+        finally:
+            process.kill()
+            await process.wait()
+
+        assert [f'"{number}\\nö"\n' for number in range(100)] == [line[2] for line in lines]
+        assert {"message"} == {line[1] for line in lines}
+        assert len(await streams_of(app, "recipes/go")) >= 3
 
 
 REACT = """

@@ -492,12 +492,17 @@ class TestPythonClient:
         `app.client.run` reads a run to its end, whichever process it is read from.
         """
         texts = [f"{number} " for number in range(60)]
-        maker, opens = apps.app(), []
+        maker, opens, waits = apps.app(), [], []
         door = Proxy(maker.port)
         url = f"http://127.0.0.1:{door.port}"
         async with apps.model(says(*texts, pause=0.03)) as model:
             text, stopping = "", None
-            async for event in client.run(url, CHAT, on_open=lambda opened: opens.append(opened["process"])):
+            async for event in client.run(
+                url,
+                CHAT,
+                on_open=lambda opened: opens.append(opened["process"]),
+                on_wait=lambda cause, _: waits.append(cause),
+            ):
                 if event.event == "run.token":
                     text += json.loads(event.data)["text"]
                 if stopping is None and text:
@@ -508,6 +513,9 @@ class TestPythonClient:
 
         assert "".join(texts) == text
         assert "run.done" == event.event
+        # Its own, and its successor; each other one is told by the wait before it: a
+        # busy machine is silent for three of these heartbeats, 0.6 s, now and then.
+        assert len(opens) <= 2 + len(waits), waits
         assert 2 == len(set(opens))
         assert 1 == len(model.requests)
 
