@@ -998,22 +998,22 @@ def _feed(port: int, topic: str, application_port: int, token: list[str]) -> int
     print(f"  curl -N '{_address(port)}events?topic={topic}'")
     print(f"+ {shlex.join(source)} | {shlex.join(sink)}", flush=True)
     environment = {k: v for k, v in os.environ.items() if not k.startswith("SSE_")}
-    # Both end with this process, also by `make down` and by a closed terminal.
-    signal.signal(signal.SIGHUP, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # Both end with this process, also by `make down` and by a closed terminal. The
+    # signal is noted, not raised: raised while one is being started, it would leave it.
+    told: list[int] = []
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _: told.append(number))
     with (
         subprocess.Popen(source, stdout=subprocess.PIPE) as tail,
         subprocess.Popen(sink, stdin=tail.stdout, cwd=ROOT, env=environment) as publish,
     ):
-        try:
-            return publish.wait()
-        except KeyboardInterrupt:
-            return 0
-        finally:
-            tail.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
-                publish.wait(5)  # it reads the end of its input, and sends what it has
-            publish.kill()
+        while publish.poll() is None and not told:
+            time.sleep(0.1)
+        tail.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            publish.wait(5)  # it reads the end of its input, and sends what it has
+        publish.kill()
+        return 0 if told else publish.wait()
 
 
 def _number(name: str, text: str, high: int) -> int:

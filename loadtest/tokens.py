@@ -50,7 +50,7 @@ class Tokens:
             "sub": user,
             "iat": now,
             "exp": now + LIFE_SECONDS,
-            "sse": {"subscribe": ["*"], "publish": ["*", "user:*"]},
+            "sse": {"subscribe": ["*"], "publish": ["*", "user:*", "run:*"]},
         }
         return {"Authorization": f"Bearer {jwt.encode(claims | self._more, self._secret, 'HS256')}"}
 

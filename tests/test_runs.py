@@ -712,7 +712,8 @@ class TestGone:
             async with started(app, {**CHAT, "max_tokens": 1}) as reader:
                 await reader.until_ended()
             with connect(server) as redis:
-                assert redis.hget(f"{{sse}}:run:{reader.run}", "ended")
+                # Noted a moment after the last event was read.
+                eventually(lambda: redis.hget(f"{{sse}}:run:{reader.run}", "ended"), "the run's end is noted")
                 # Only the trim may take it, not the record's own end.
                 redis.persist(f"{{sse}}:run:{reader.run}")
 
