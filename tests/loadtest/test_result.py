@@ -203,15 +203,17 @@ class TestCompare:
         assert 2 == main(["compare", str(tmp_path / "nowhere"), str(tmp_path)])
         assert "nowhere must be a result.json" in capsys.readouterr().err
 
-    @pytest.mark.parametrize("arguments", [["compare", "a.json", "a.json"], ["--help"]])
+    @pytest.mark.parametrize("arguments", [["compare", "a.json", "a.json"], ["compare", "--help"]])
     def test_a_reader_that_has_enough(self, tmp_path, arguments):
         """`| head` ends it without a complaint."""
         judged(collected()).write(tmp_path / "a.json")
         out, into = os.pipe()
         os.close(out)
 
+        # Unbuffered, argparse hears of it by itself.
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""}
         done = subprocess.run(
-            [sys.executable, "-m", "loadtest", *arguments], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)},
+            [sys.executable, "-m", "loadtest", *arguments], cwd=tmp_path, env=environment,
             stdout=into, stderr=subprocess.PIPE, text=True, timeout=60, check=False,
         )  # fmt: skip
 
