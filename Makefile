@@ -163,6 +163,11 @@ loadtest: stack-packages test-venv ## Hold streams: HOST=, SCENARIO=smoke, STREA
 	  --scenario "$(SCENARIO)" $(if $(STREAMS),--streams $(STREAMS)) $(if $(SECONDS),--seconds $(SECONDS)) \
 	  $(if $(RATE),--rate $(RATE)) $(if $(THRESHOLDS),--thresholds "$(THRESHOLDS)") $(OPTIONS)
 
+.PHONY: loadtest-cluster
+loadtest-cluster: ## The same from inside of the cluster: OVERLAY=, PROCESSES=1, SCENARIO=smoke.
+	$(DEPLOY) --workers "$(PROCESSES)" --loadtest-image "$(LOADTEST_IMAGE)" --scenario "$(SCENARIO)" --streams "$(STREAMS)" \
+	  --seconds "$(SECONDS)" --rate "$(RATE)" --thresholds "$(THRESHOLDS)" --options='$(OPTIONS)'
+
 .PHONY: loadtest-compare
 loadtest-compare: test-venv ## Set two results side by side: A=, B=.
 	@$(PYTHON) -m loadtest compare "$(A)" "$(B)"

@@ -11,15 +11,18 @@ checked before anything is changed; each failure is one sentence with a cure.
 import argparse
 import base64
 import hashlib
+import io
 import json
 import os
 import re
 import secrets
+import shlex
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +36,10 @@ LAPTOP = re.compile(r"^(kind-.*|minikube.*|k3d-.*|docker-desktop|rancher-desktop
 # A pod that waits for one of these will not start by waiting longer.
 STUCK = {"ErrImagePull", "ImagePullBackOff", "InvalidImageName", "CrashLoopBackOff", "CreateContainerConfigError", "CreateContainerError", "RunContainerError"}
 STUCK_SECONDS = float(os.environ.get("SSE_KIT_STUCK_SECONDS", "45"))
+# Longer than the grace of the application's pods.
+HOLD_SECONDS = 300
+# What `kubectl rollout restart` writes into pods.
+RESTARTED = "kubectl.kubernetes.io/restartedAt"
 # Who brings kinds that are not Kubernetes' own.
 INSTALL = {
     "monitoring.coreos.com": "the Prometheus Operator, or take the component monitoring out",
@@ -71,6 +78,14 @@ class Kubectl:
         if run.returncode:
             raise Failed(f"kubectl {' '.join(arguments[:3])} must succeed, said: {_last(run.stderr)}")
         return run.stdout
+
+    def lines(self, *arguments: str) -> Iterator[str]:
+        """Yield what it prints, line by line, as it comes; an error of its own is silence."""
+        command = ["kubectl", *([f"--context={self.context}"] if self.context else []), *arguments]
+        with subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+            assert process.stdout
+            for line in process.stdout:
+                yield line.rstrip("\n")
 
     def get(self, *arguments: str) -> Object | None:
         """Return an object or a list, or None where there is none."""
@@ -246,6 +261,7 @@ def deploy(kubectl: Kubectl, options: argparse.Namespace) -> None:
     check_secrets(kubectl, objects, options.overlay)
     if show_diff(kubectl, text, namespace):
         confirm(kubectl, options, f"apply this to namespace {namespace}")
+        hand_over(kubectl, objects)
         apply(kubectl, text)
     wait_for_all(kubectl, objects, options.overlay)
     if not options.no_smoke:
@@ -267,7 +283,8 @@ def show_diff(kubectl: Kubectl, text: str, namespace: str) -> bool:
     if kubectl.get("namespace", namespace) is None:
         say(f"Namespace {namespace} is new, and all that is in it.")
         return True
-    run = kubectl.run("diff", "--server-side", f"--field-manager={MANAGER}", "-f", "-", text=text)
+    # It changes nothing; whose fields these are is for `apply` to say.
+    run = kubectl.run("diff", "--server-side", "--force-conflicts", f"--field-manager={MANAGER}", "-f", "-", text=text)
     print(run.stdout, end="", flush=True)
     if run.returncode > 1:
         raise Failed(f"kubectl diff must succeed, said: {_last(run.stderr)}")
@@ -285,6 +302,27 @@ def apply(kubectl: Kubectl, text: str) -> None:
         raise Failed("No one else may own these fields (see above). Take them out of the overlay, or have their owner let go.")
     if run.returncode:
         raise Failed(f"kubectl apply must succeed, said: {_last(run.stderr)}")
+
+
+def hand_over(kubectl: Kubectl, objects: list[Object]) -> None:
+    """
+    Let go of the number of pods where an autoscaler is new, and keep it as it is.
+
+    A field that only we own and no longer apply is reset, here to one pod:
+    https://kubernetes.io/docs/reference/using-api/server-side-apply/#transferring-ownership
+    """
+    for o in objects:
+        if o["kind"] != "Deployment" or "replicas" in o["spec"]:
+            continue
+        name, namespace = o["metadata"]["name"], o["metadata"]["namespace"]
+        live = kubectl.get("-n", namespace, f"deployment/{name}", "--show-managed-fields")
+        owners = (live or {"metadata": {}})["metadata"].get("managedFields", [])
+        if live and any(each["manager"] == MANAGER and "f:replicas" in each.get("fieldsV1", {}).get("f:spec", {}) for each in owners):
+            number = {
+                "apiVersion": o["apiVersion"], "kind": o["kind"], "metadata": {"name": name, "namespace": namespace},
+                "spec": {"replicas": live["spec"]["replicas"]},
+            }  # fmt: skip
+            kubectl.ask("apply", "--server-side", f"--field-manager={MANAGER}-autoscaler", "--validate=false", "-f", "-", text=json.dumps(number))
 
 
 def wait_for_all(kubectl: Kubectl, objects: list[Object], overlay: str) -> None:
@@ -341,7 +379,8 @@ def explain(kubectl: Kubectl, namespace: str, pod: str, overlay: str) -> None:
             lines = kubectl.run("-n", namespace, "logs", pod, "--all-containers", "--tail=10", *extra).stdout.splitlines()
             if lines:
                 print("\n".join(["Last log lines:", *(f"  {line}" for line in lines)]), file=sys.stderr)
-    print(f"To go back: make rollback OVERLAY={overlay}", file=sys.stderr)
+    if overlay:
+        print(f"To go back: make rollback OVERLAY={overlay}", file=sys.stderr)
 
 
 def diff(kubectl: Kubectl, options: argparse.Namespace) -> None:
@@ -358,9 +397,53 @@ def rollback(kubectl: Kubectl, options: argparse.Namespace) -> None:
     for o in objects:
         if o["kind"] == "Deployment":
             name = f"deployment/{o['metadata']['name']}"
-            run = kubectl.run("-n", namespace, "rollout", "undo", name)
-            say(_last(run.stdout) if run.returncode == 0 else f"{name}: {_last(run.stderr)}")
+            revision = revision_before(kubectl, namespace, o["metadata"]["name"])
+            if revision is None:
+                say(f"{name} has no version of before, and stays.")
+                continue
+            say(_last(kubectl.ask("-n", namespace, "rollout", "undo", name, f"--to-revision={revision}")))
+            take_over(kubectl, namespace, name, "replicas" in o["spec"])
     wait_for_all(kubectl, objects, options.overlay)
+
+
+def revision_before(kubectl: Kubectl, namespace: str, name: str) -> int | None:
+    """
+    Return the newest revision of a Deployment that is not what runs now.
+
+    kubectl's own choice would be the revision before the last: after a smoke test,
+    whose restart is a revision too, that is the version that runs.
+    """
+    sets = (kubectl.get("-n", namespace, "replicasets", "-l", f"app.kubernetes.io/name={name}") or {"items": []})["items"]
+    by_number = {int(s["metadata"].get("annotations", {}).get("deployment.kubernetes.io/revision", 0)): s for s in sets}
+    numbers = sorted(by_number, reverse=True)
+    now = version_of(by_number[numbers[0]]) if numbers else ""
+    return next((number for number in numbers if version_of(by_number[number]) != now), None)
+
+
+def version_of(replica_set: Object) -> str:
+    """Return what a ReplicaSet's pods are, whatever they are called and however often they were restarted."""
+    template = json.loads(json.dumps(replica_set["spec"]["template"]))
+    template["metadata"].get("labels", {}).pop("pod-template-hash", None)
+    annotations = template["metadata"].pop("annotations", {})
+    annotations.pop(RESTARTED, None)
+    template["metadata"].pop("creationTimestamp", None)
+    return json.dumps([template, annotations], sort_keys=True)
+
+
+def take_over(kubectl: Kubectl, namespace: str, name: str, replicas: bool) -> None:
+    """Own again what `rollout undo` changed as another manager of fields: else the next deploy would meet a conflict."""
+    live = kubectl.get("-n", namespace, name)
+    if live is None:
+        return
+    spec = live["spec"]
+    if not replicas:
+        spec.pop("replicas", None)  # an autoscaler's
+    spec["template"]["metadata"].get("annotations", {}).pop(RESTARTED, None)
+    mine = {
+        "apiVersion": live["apiVersion"], "kind": live["kind"], "spec": spec,
+        "metadata": {key: live["metadata"][key] for key in ("name", "namespace", "labels")},
+    }  # fmt: skip
+    kubectl.ask("apply", "--server-side", f"--field-manager={MANAGER}", "--force-conflicts", "-f", "-", text=json.dumps(mine))
 
 
 def undeploy(kubectl: Kubectl, options: argparse.Namespace) -> None:
@@ -370,8 +453,8 @@ def undeploy(kubectl: Kubectl, options: argparse.Namespace) -> None:
     confirm(kubectl, options, f"delete the kit in namespace {namespace}; its Secrets and volumes stay")
     mine = {"apiVersion": "v1", "kind": "List", "items": [o for o in objects if o["kind"] != "Namespace"]}
     print(kubectl.ask("delete", "--ignore-not-found", "-f", "-", text=json.dumps(mine)), end="")
-    # Those of earlier versions.
-    print(kubectl.ask("-n", namespace, "delete", "configmap,job", "-l", "app.kubernetes.io/part-of=sse-kit"), end="")
+    # Those of earlier versions, and of load tests.
+    print(kubectl.ask("-n", namespace, "delete", "configmap,job,service,serviceaccount", "-l", "app.kubernetes.io/part-of=sse-kit"), end="")
     say(f"What stays can go with: kubectl delete namespace {namespace}")
 
 
@@ -395,6 +478,9 @@ def make_secrets(kubectl: Kubectl, options: argparse.Namespace) -> None:
     wanted = needed_secrets(objects)
     made = {name: secret_data(name, keys) for name, keys in wanted.items() if kubectl.get("namespace", namespace) is None or kubectl.get("-n", namespace, "secret", name) is None or options.replace}
     for name in sorted(set(wanted) - set(made)):
+        missing = wanted[name] - set((kubectl.get("-n", namespace, "secret", name) or {}).get("data", {}))
+        if missing:
+            raise Failed(f"Secret {name} must have {', '.join(sorted(missing))}, has not: another component made it. Delete it, and call this again: kubectl -n {namespace} delete secret {name}")
         say(f"Secret {name} is there, and stays. REPLACE=1 makes a new one.")
     if not made:
         return
@@ -421,8 +507,13 @@ def secret_data(name: str, keys: set[str]) -> dict[str, str]:
             raise Failed("REDIS_URL must be the address of your Redis (rediss://USER:PASSWORD@HOST:PORT/0), got " + ("another scheme." if url else "none."))
         return {"url": url}
     if name == "sse-redis":
-        password = secrets.token_urlsafe(32).replace("-", "a").replace("_", "b")
-        return {"password": password, "users.acl": acl(password)}
+        password, replica, sentinel = (secrets.token_urlsafe(32).replace("-", "a").replace("_", "b") for _ in range(3))
+        if "sentinel.acl" not in keys:
+            return {"password": password, "users.acl": acl(password)}
+        return {
+            "password": password, "users.acl": acl(password) + acl_among(replica, sentinel), "replica-password": replica,
+            "sentinel.acl": acl_of_sentinels(password, sentinel), "sentinel-password": sentinel,
+        }  # fmt: skip
     if name == "sse-jwt":
         path = environ.get("JWT_SECRET_FILE", "")
         return {"secret": read(path, "JWT_SECRET_FILE").strip() if path else secrets.token_urlsafe(48)}
@@ -441,12 +532,33 @@ def acl(password: str) -> str:
     Nobody can be `default`, but it keeps all rights: Valkey reads its append-only
     file as that user, and leaves out transactions that it may not do.
     """
-    digest = hashlib.sha256(password.encode()).hexdigest()
     return (
         "user default off resetpass allkeys allchannels allcommands\n"
         "user probe on nopass resetkeys resetchannels -@all +ping\n"
-        f"user sse on #{digest} resetkeys ~{{sse}}* &* +@all -@admin -@dangerous +info +config|get\n"
+        f"user sse on #{_digest(password)} resetkeys ~{{sse}}* &* +@all -@admin -@dangerous +info +config|get\n"
     )
+
+
+def acl_among(replica: str, sentinel: str) -> str:
+    """Return Valkey's users for its replicas and for Sentinels, with the rights that each needs."""
+    return (
+        f"user replica on #{_digest(replica)} resetkeys resetchannels -@all +psync +replconf +ping\n"
+        f"user sentinel on #{_digest(sentinel)} resetkeys allchannels -@all +ping +info +role +multi +exec +slaveof +replicaof "
+        "+config|rewrite +publish +subscribe +client|setname +client|kill +script|kill\n"
+    )
+
+
+def acl_of_sentinels(password: str, sentinel: str) -> str:
+    """Return the Sentinels' users: the application may ask who the master is, they themselves may do all."""
+    return (
+        "user default off resetpass\n"
+        f"user sse on #{_digest(password)} resetkeys resetchannels -@all +@connection -@dangerous +sentinel|masters +sentinel|get-master-addr-by-name +sentinel|replicas\n"
+        f"user sentinel on #{_digest(sentinel)} resetkeys allchannels +@all\n"
+    )
+
+
+def _digest(password: str) -> str:
+    return hashlib.sha256(password.encode()).hexdigest()
 
 
 def read(path: str, name: str) -> str:
@@ -488,6 +600,8 @@ def smoke(kubectl: Kubectl, options: argparse.Namespace) -> None:
             say("Restarting the application under its streams.")
             kubectl.ask("-n", namespace, "rollout", "restart", "deployment/sse-app")
             wait_for(kubectl, namespace, "deployment/sse-app", time.monotonic() + 1800, options.overlay)
+            # The rollout is over when the new pods are ready; the old ones only begin to drain.
+            wait_for_old(kubectl, namespace, "sse-app", HOLD_SECONDS)
             kubectl.ask("-n", namespace, "exec", f"job/{name}", "--", "touch", "/tmp/stop")
         follow(kubectl, namespace, name, until="")
         print(kubectl.ask("-n", namespace, "logs", f"job/{name}", "--tail=-1"), end="", flush=True)
@@ -498,12 +612,22 @@ def smoke(kubectl: Kubectl, options: argparse.Namespace) -> None:
         kubectl.run("-n", namespace, "delete", "configmap", name, "--ignore-not-found")
 
 
+def wait_for_old(kubectl: Kubectl, namespace: str, name: str, seconds: float) -> None:
+    """Wait until pods that were told to end have ended."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        pods = kubectl.get("-n", namespace, "pods", "-l", f"app.kubernetes.io/name={name}") or {"items": []}
+        if not any("deletionTimestamp" in pod["metadata"] for pod in pods["items"]):
+            return
+        time.sleep(1)
+    raise Failed(f"Pods of {name} that were told to end must end within {seconds:g} s, did not.")
+
+
 def smoke_objects(objects: list[Object]) -> list[Object]:
     """Return the smoke test's Job and its ConfigMap, fitted to what *objects* deploy."""
     items = parse(Kubectl().ask("kustomize", str(HERE / "smoke")))
     namespace = namespace_of(objects)
     (app,) = (c for name, c, _ in containers(objects) if name == "sse-app" and c["name"] == "app")
-    (service,) = (o for o in objects if o["kind"] == "Service" and o["metadata"]["name"] == "sse-nginx")
     name = f"sse-smoke-{secrets.token_hex(3)}"
     for o in items:
         o["metadata"] |= {"namespace": namespace, "name": name}
@@ -512,8 +636,9 @@ def smoke_objects(objects: list[Object]) -> list[Object]:
         spec = o["spec"]["template"]["spec"]
         (container,) = spec["containers"]
         container["image"] = app["image"]
-        scheme = service["spec"]["ports"][0]["name"]
-        container["env"].append({"name": "SMOKE_URL", "value": f"{scheme}://sse-nginx"})
+        container["env"].append({"name": "SMOKE_URL", "value": way_in(objects)})
+        if exempts(objects):
+            container["env"].append({"name": "SMOKE_EXEMPT", "value": "1"})
         for volume in spec["volumes"]:
             if "configMap" in volume:
                 volume["configMap"]["name"] = name
@@ -522,6 +647,18 @@ def smoke_objects(objects: list[Object]) -> list[Object]:
             container["volumeMounts"].append({"name": "jwt", "mountPath": "/sse/jwt", "readOnly": True})
             spec["volumes"].append({"name": "jwt", "secret": {"secretName": "sse-jwt"}})
     return items
+
+
+def way_in(objects: list[Object]) -> str:
+    """Return nginx's address inside of the cluster."""
+    (service,) = (o for o in objects if o["kind"] == "Service" and o["metadata"]["name"] == "sse-nginx")
+    return f"{service['spec']['ports'][0]['name']}://sse-nginx"
+
+
+def exempts(objects: list[Object]) -> bool:
+    """Return whether nginx leaves addresses out of its limits: the component load-test."""
+    files = [o["data"].get("exempt.conf", "") for o in objects if o["kind"] == "ConfigMap"]
+    return any(line.strip() and not line.startswith("#") for text in files for line in text.splitlines())
 
 
 def follow(kubectl: Kubectl, namespace: str, job: str, until: str, seconds: float = 900) -> bool:
@@ -537,16 +674,142 @@ def follow(kubectl: Kubectl, namespace: str, job: str, until: str, seconds: floa
     raise Failed(f"Job {job} must come to its end in {seconds:g} s, did not.")
 
 
+# --- The load test
+
+MASTER, WORKER = "sse-loadtest-master", "sse-loadtest-worker"
+# How loadtest/__main__.py frames them in its log.
+RESULTS_BEGIN, RESULTS_END = "--- results, tar.gz in base64 ---", "--- end of results ---"
+
+
+def loadtest(kubectl: Kubectl, options: argparse.Namespace) -> int:
+    """Run the load test's Jobs, show their progress, bring the report here; return the run's exit status."""
+    _, objects = prepared(kubectl, options)
+    namespace = namespace_of(objects)
+    items = loadtest_objects(objects, options)
+    check_images(items, options.overlay)
+    jobs = (kubectl.get("-n", namespace, "jobs", "-l", "app.kubernetes.io/component=loadtest") or {"items": []})["items"]
+    if any(job.get("status", {}).get("active") for job in jobs):
+        raise Failed(f"One load test must run at a time, but another one runs in namespace {namespace}. End it: kubectl -n {namespace} delete job {MASTER} {WORKER}")
+    remove = ("-n", namespace, "delete", "job", MASTER, WORKER, "--ignore-not-found", "--cascade=foreground")
+    confirm(kubectl, options, f"load {way_in(objects)} in namespace {namespace}")
+    kubectl.ask(*remove)
+    apply(kubectl, json.dumps({"apiVersion": "v1", "kind": "List", "items": items}))
+    try:
+        lines = follow_log(kubectl, namespace, options.overlay)
+    except KeyboardInterrupt:
+        kubectl.run(*remove)
+        say("Ended, without a report.")
+        raise
+    results = unpack(lines)
+    if results is None:
+        kubectl.run(*remove[:4], WORKER, "--ignore-not-found")  # they would look for a master for minutes
+        raise Failed(f"The load test must hand over its results, did not. Its last line: {_last(chr(10).join(lines))}")
+    found = json.loads(results["result.json"])
+    folder = Path(options.results) / (re.sub(r"[-:]|[+].*", "", found["began"]).replace("T", "-") + "-" + found["scenario"])
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in results.items():
+        (folder / name).write_bytes(content)
+    say(f"Written: {os.path.relpath(folder)}/result.json, {os.path.relpath(folder)}/report.html")
+    say(lines[-1])
+    return int(found["exit_code"])
+
+
+def loadtest_objects(objects: list[Object], options: argparse.Namespace) -> list[Object]:
+    """Return the load test's Jobs and what they need, fitted to what *objects* deploy."""
+    if not 1 <= options.workers <= 100:
+        raise Failed(f"PROCESSES must be from 1 to 100, got {options.workers}.")
+    if not exempts(objects) and (options.scenario != "smoke" or int(options.streams or 0) > 200):
+        raise Failed(
+            f"The overlay {options.overlay} must have the component load-test for more than SCENARIO=smoke: nginx refuses the 401st stream of one address, "
+            f"and a worker has one. Add ../../components/load-test to k8s/overlays/{options.overlay}/kustomization.yaml, and deploy it."
+        )
+    items = parse(Kubectl().ask("kustomize", str(HERE / "components" / "load-test" / "run")))
+    namespace = namespace_of(objects)
+    (app,) = (c for name, c, _ in containers(objects) if name == "sse-app" and c["name"] == "app")
+    image = loadtest_image(app["image"], options.loadtest_image)
+    for o in items:
+        o["metadata"]["namespace"] = namespace
+        if o["kind"] != "Job":
+            continue
+        o["spec"]["activeDeadlineSeconds"] += int(float(options.seconds or 0))
+        (container,) = o["spec"]["template"]["spec"]["containers"]
+        container["image"] = image
+        if o["metadata"]["name"] == WORKER:
+            o["spec"]["parallelism"] = o["spec"]["completions"] = options.workers
+            continue
+        fitted = {"--expect-workers": options.workers, "--host": way_in(objects)}
+        command = [f"{flag}={fitted.get(flag, value)}" if value else flag for flag, _, value in (word.partition("=") for word in container["command"])]
+        for name in ("scenario", "streams", "seconds", "rate", "thresholds"):
+            command += [f"--{name}={getattr(options, name)}"] if getattr(options, name) else []
+        # The certificate may be one of `make secrets`.
+        command += ["--insecure"] if fitted["--host"].startswith("https:") else []
+        container["command"] = command + shlex.split(options.options)
+        if "sse-jwt" in needed_secrets(objects):
+            key = {"secretKeyRef": {"name": "sse-jwt", "key": "secret"}}
+            container["env"] = [{"name": "SSE_LOADTEST_SECRET", "valueFrom": key}]
+    return items
+
+
+def loadtest_image(app: str, given: str) -> str:
+    """Return the load test's image: the one beside the application's, if none is *given*."""
+    if given:
+        split_image(given)
+        return given
+    folder, _, last = app.rpartition("/")
+    if not last.startswith("app:") or "@" in last:
+        raise Failed(f"LOADTEST_IMAGE must be given where the application's image is not …/app:TAG, got {app} and none. `make image push` makes both.")
+    return f"{folder}/loadtest:{last.partition(':')[2]}"
+
+
+def follow_log(kubectl: Kubectl, namespace: str, overlay: str) -> list[str]:
+    """Show the master's log while it grows, without the packed results; return all of it when its Job is over."""
+    lines: list[str] = []
+    stuck_since: dict[str, float] = {}
+    packed = False
+    while True:
+        status = (kubectl.get("-n", namespace, "job", MASTER) or {}).get("status", {})
+        over = bool(status.get("succeeded") or status.get("failed"))
+        for number, line in enumerate(kubectl.lines("-n", namespace, "logs", "-f", f"job/{MASTER}", "--tail=-1")):
+            if number < len(lines):
+                continue  # the connection broke, and this was shown before
+            lines.append(line)
+            # What follows them is the verdict, once more; it is said when they are on the disk.
+            packed = packed or line == RESULTS_BEGIN
+            if not packed and not line.startswith("Written: "):
+                say(line)
+        if over:
+            return lines
+        now = time.monotonic()
+        stuck = dict([*stuck_pods(kubectl, namespace, f"job/{MASTER}"), *stuck_pods(kubectl, namespace, f"job/{WORKER}")])
+        stuck_since = {pod: stuck_since.get(pod, now) for pod in stuck}
+        for pod, since in stuck_since.items():
+            if now - since >= STUCK_SECONDS:
+                explain(kubectl, namespace, pod, "")
+                raise Failed(f"The load test must start, but {pod} does not: {stuck[pod]}")
+        time.sleep(1)
+
+
+def unpack(lines: list[str]) -> dict[str, bytes] | None:
+    """Return the files that a log ends with, or None."""
+    if RESULTS_BEGIN not in lines or RESULTS_END not in lines:
+        return None
+    text = "".join(lines[lines.index(RESULTS_BEGIN) + 1 : lines.index(RESULTS_END)])
+    with tarfile.open(fileobj=io.BytesIO(base64.b64decode(text)), mode="r:gz") as archive:
+        # By their names: an archive may hold others.
+        opened = {name: archive.extractfile(name) for name in ("result.json", "report.html")}
+        return {name: content.read() for name, content in opened.items() if content}
+
+
 def say(text: str) -> None:
     """Tell the person who waits."""
     print(text, flush=True)
 
 
-COMMANDS = {"deploy": deploy, "diff": diff, "smoke": smoke, "rollback": rollback, "undeploy": undeploy, "secrets": make_secrets}
+COMMANDS: dict[str, Callable[[Kubectl, argparse.Namespace], int | None]] = {"deploy": deploy, "diff": diff, "smoke": smoke, "rollback": rollback, "undeploy": undeploy, "secrets": make_secrets, "loadtest-cluster": loadtest}
 
 
-def main(argv: list[str]) -> int:
-    """Run one command; return the exit status."""
+def parser() -> argparse.ArgumentParser:
+    """Return the command line."""
     parser = argparse.ArgumentParser(prog="deploy.py", description="Bring an overlay of k8s/overlays to a cluster.")
     parser.add_argument("command", choices=["render", *COMMANDS])
     parser.add_argument("--overlay", default="local", help="a folder of k8s/overlays (default: local)")
@@ -555,13 +818,24 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--yes", action="store_true", help="do not ask")
     parser.add_argument("--no-smoke", action="store_true", help="leave the smoke test out")
     parser.add_argument("--replace", action="store_true", help="secrets: make new ones for those that are there")
-    options = parser.parse_args(argv)
+    run = parser.add_argument_group("loadtest-cluster")
+    run.add_argument("--workers", type=int, default=1, help="pods that hold streams (default: 1)")
+    run.add_argument("--loadtest-image", default="", help="the load test's image (default: the one beside the application's)")
+    for name in ("scenario", "streams", "seconds", "rate", "thresholds", "options"):
+        run.add_argument(f"--{name}", default="smoke" if name == "scenario" else "", help="as `make loadtest` takes it")
+    run.add_argument("--results", default=str(ROOT / ".run" / "loadtest"), help="folder for the report (default: .run/loadtest)")
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """Run one command; return the exit status."""
+    options = parser().parse_args(argv)
     try:
         if options.command == "render":
             check_client(Kubectl())
             print(render(options.overlay, options.image), end="")
         else:
-            COMMANDS[options.command](Kubectl(options.context), options)
+            return COMMANDS[options.command](Kubectl(options.context), options) or 0
     except Failed as failure:
         print(failure, file=sys.stderr)
         return 1

@@ -6,10 +6,12 @@ not be made. 130: it was interrupted.
 """
 
 import argparse
+import base64
 import contextlib
 import errno
 import functools
 import http.client
+import io
 import json
 import os
 import resource
@@ -18,6 +20,7 @@ import socket
 import ssl
 import subprocess
 import sys
+import tarfile
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -34,6 +37,8 @@ READY_SECONDS = 5.0
 MASTER_PORT = 5557
 # Forked workers are there in seconds; others are started by people or a scheduler (--wait).
 FORKED_SECONDS = 120
+# k8s/deploy.py looks for these lines.
+RESULTS_BEGIN, RESULTS_END = "--- results, tar.gz in base64 ---", "--- end of results ---"
 
 EPILOG = """\
 scenarios:
@@ -78,6 +83,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--wait", type=int, default=600, help="seconds that the master waits for them (default: 600; 0: for ever)"
     )
+    made.add_argument("--print-results", action="store_true", help="write both files to standard output, too, packed")
     made.add_argument("--worker", default="", metavar="HOST", help="generate load for the master on HOST")
     add_options(made)
     return made
@@ -93,7 +99,8 @@ def main(arguments: list[str]) -> int:
         return cost(arguments[1:])
     options = parser().parse_args(arguments)
     options.token = options.token or os.environ.get("SSE_LOADTEST_TOKEN", "")
-    options.secret = options.secret or os.environ.get("SSE_LOADTEST_SECRET", "")
+    # A secret that comes from a file ends with a line's end; the application does not count that either.
+    options.secret = (options.secret or os.environ.get("SSE_LOADTEST_SECRET", "")).strip()
     from loadtest.scenario import ScenarioError
 
     # A run in CI is ended by SIGTERM: what was started must end, as at Ctrl-C, which a
@@ -328,9 +335,20 @@ def _run(options: argparse.Namespace) -> int:
     from loadtest.result import Result, verdict_line
 
     found = Result.read(result)
+    if options.print_results:
+        _print_results(folder)
     # Once more, so that it stands last, whatever Locust wrote meanwhile.
     say(verdict_line(found))
     return found.exit_code
+
+
+def _print_results(folder: Path) -> None:
+    """Write the results as text: where a container's log is all that is left of it, they are in the log."""
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w:gz") as archive:
+        for name in ("result.json", "report.html"):
+            archive.add(folder / name, name)
+    say(f"{RESULTS_BEGIN}\n{base64.encodebytes(packed.getvalue()).decode()}{RESULTS_END}")
 
 
 def _locust(options: argparse.Namespace, more: list[str]) -> tuple[int, bool]:

@@ -25,6 +25,8 @@ from app.parser import Parser, ServerSentEvent
 URL = os.environ.get("SMOKE_URL", "http://sse-nginx")
 # The application's pods: a name with an address for each, or HOST:PORT words.
 PODS = os.environ.get("SMOKE_PODS", "sse-app-headless:8000")
+# Set where nginx counts nobody in here: the component load-test.
+EXEMPT = bool(os.environ.get("SMOKE_EXEMPT", ""))
 SECRET_FILE = os.environ.get("SMOKE_JWT_SECRET_FILE", "")
 STOP = Path(os.environ.get("SMOKE_STOP_FILE", "/tmp/stop"))
 HOLD_SECONDS = float(os.environ.get("SMOKE_HOLD_SECONDS", "840"))
@@ -135,10 +137,11 @@ async def resume() -> None:
 async def nothing_lost() -> None:
     """Streams that are held while the application is restarted miss nothing, and read nothing twice."""
     seen: list[list[int]] = [[] for _ in range(4)]
+    opened: set[int] = set()
     refused: list[str] = []
     sent, running = 0, True
 
-    async def hold(mine: list[int]) -> None:
+    async def hold(number: int, mine: list[int]) -> None:
         last = ""
         while running:
             extra = {"Last-Event-ID": last} if last else {}
@@ -149,6 +152,8 @@ async def nothing_lost() -> None:
                     else:
                         async for event in events(response):
                             last = event.id or last
+                            if event.event == "stream.open":
+                                opened.add(number)
                             if event.event == "message" and event.data.startswith("held "):
                                 mine.append(int(event.data[5:]))
                             assert event.event != "stream.reset", event.data
@@ -156,12 +161,15 @@ async def nothing_lost() -> None:
                 pass  # cut; it comes back
             await asyncio.sleep(1.5)  # nginx lets a user connect once a second
 
-    holders = [asyncio.create_task(hold(mine)) for mine in seen]
-    await asyncio.sleep(2)
+    holders = [asyncio.create_task(hold(number, mine)) for number, mine in enumerate(seen)]
+    until = time.monotonic() + 30
+    while len(opened) < len(seen):
+        assert time.monotonic() < until, f"streams must open, {len(opened)} of {len(seen)} did; {refused[:5]}"
+        await asyncio.sleep(0.1)
     print("holding", flush=True)
     until = time.monotonic() + HOLD_SECONDS
     async with client() as http:
-        while time.monotonic() < until and not STOP.exists():  # noqa: ASYNC240 - a file in memory
+        while not sent or (time.monotonic() < until and not STOP.exists()):  # noqa: ASYNC240 - a file in memory
             sent += 1
             await publish(http, f"held {sent}")
             await asyncio.sleep(0.1)
@@ -196,18 +204,19 @@ def checks() -> list[tuple[str, Callable[[], Awaitable[None]]]]:
     ]
     if tls:
         listed.append(("HTTP/2: head, first event, heartbeat", lambda: head_and_heartbeat(True)))
-    return [
-        *listed,
+    listed += [
         ("from pod to pod", from_pod_to_pod),
         ("resume by id", resume),
         ("held streams miss nothing", nothing_lost),
-        ("a limit answers 429", limit),
     ]
+    return listed if EXEMPT else [*listed, ("a limit answers 429", limit)]
 
 
 async def main() -> int:
     """Make all checks; return the exit status."""
     failed = 0
+    if EXEMPT:
+        print("left out  a limit answers 429: this overlay exempts private addresses", flush=True)
     for name, check in checks():
         try:
             await check()

@@ -47,9 +47,9 @@ class Audience:
         """How many streams were opened, reconnects included."""
         return sum(self._opened)
 
-    def until(self, condition: Callable[[], bool]) -> None:
+    def until(self, condition: Callable[[], bool], seconds: float = 20) -> None:
         """Wait until *condition* is true: what was to fail has failed."""
-        self._wait(condition, "the failure")
+        self._wait(condition, "the failure", seconds)
 
     def checked(self) -> list[str]:
         """Wait until what is published now has had its time; return all that went wrong since the last call."""
@@ -70,8 +70,8 @@ class Audience:
             del seen[: max(0, len(numbers) - 1)]
         return wrong + [f"cut: {cut}" for cut in cuts]
 
-    def _wait(self, condition: Callable[[], bool], what: str) -> None:
-        deadline = time.monotonic() + 20
+    def _wait(self, condition: Callable[[], bool], what: str, seconds: float = 20) -> None:
+        deadline = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < deadline, f"{what} took too long: {self.errors[-3:]}"
             time.sleep(0.02)
@@ -111,7 +111,7 @@ class Audience:
                         self._opened[number] += 1
                     elif event.event == "stream.reset":
                         self.errors.append(f"client {number}: {event.data}")
-                    elif event.event == "message":
+                    elif event.event == "message" and event.data.isdigit():  # others broadcast, too
                         self._seen[number].append(int(event.data))
         except (http.client.IncompleteRead, ConnectionResetError, http.client.RemoteDisconnected) as error:
             self.cuts.append(f"client {number}: {error!r}")

@@ -55,7 +55,7 @@ Object = dict[str, Any]
 # --- What is known. [] stands for each element, * for any name.
 
 _POD = """
-metadata.labels.*
+metadata.labels.* spec.restartPolicy
 spec.serviceAccountName spec.enableServiceLinks spec.automountServiceAccountToken
 spec.terminationGracePeriodSeconds
 spec.securityContext.runAsUser spec.securityContext.runAsGroup spec.securityContext.fsGroup
@@ -80,14 +80,16 @@ apiVersion kind metadata.name metadata.namespace metadata.labels.* spec.replicas
 ACTED = {
     "Deployment": _WORKLOAD + "spec.strategy.type spec.strategy.rollingUpdate.maxSurge "
     "spec.strategy.rollingUpdate.maxUnavailable spec.minReadySeconds spec.progressDeadlineSeconds",
-    "StatefulSet": _WORKLOAD + "spec.volumeClaimTemplates[].metadata.name",
+    "StatefulSet": _WORKLOAD + "spec.volumeClaimTemplates[].metadata.name spec.serviceName spec.podManagementPolicy",
+    "Job": _WORKLOAD + "spec.parallelism spec.completions spec.backoffLimit",
     "Service": """apiVersion kind metadata.name metadata.namespace metadata.labels.* spec.clusterIP
         spec.publishNotReadyAddresses spec.selector.* spec.ports[].name spec.ports[].port spec.ports[].targetPort""",
     "ConfigMap": "apiVersion kind metadata.name metadata.namespace metadata.labels.* data.*",
 }
 # Known, and without an effect here: policies.py looks at these.
 IGNORED = {
-    "*": """spec.revisionHistoryLimit spec.serviceName spec.ports[].appProtocol spec.volumeClaimTemplates[]*
+    "*": """spec.revisionHistoryLimit spec.ports[].appProtocol spec.activeDeadlineSeconds spec.ttlSecondsAfterFinished
+        spec.template.spec.affinity* spec.volumeClaimTemplates[]*
         spec.template.spec.topologySpreadConstraints[]* spec.template.spec.securityContext.runAsNonRoot
         spec.template.spec.securityContext.seccompProfile.type spec.template.spec.securityContext.fsGroupChangePolicy
         spec.template.spec.containers[].imagePullPolicy spec.template.spec.initContainers[].imagePullPolicy
@@ -116,7 +118,7 @@ def check(objects: list[Object]) -> None:
     for o in objects:
         kind = o["kind"]
         paths = [*ACTED.get(kind, "").split(), *IGNORED.get(kind, "").split(), *IGNORED["*"].split()]
-        if kind in ("Deployment", "StatefulSet"):
+        if kind in ("Deployment", "StatefulSet", "Job"):
             paths += known
         pattern = re.compile("|".join(re.escape(p).replace(r"\*", ".*") for p in paths))
         for path in _paths(o):
@@ -158,14 +160,30 @@ def app_image(tree: Path = ROOT) -> Image:
     )
 
 
-def images(tree: Path = ROOT) -> dict[str, Image]:
-    """Return what stands for each image, by the beginning of its name."""
+def loadtest_image(folder: Path) -> Image:
+    """Return the load test as its Dockerfile copies it into *folder*, and nothing beside it."""
+    for words in re.findall(r"(?m)^COPY (?!--from)(.+ /srv/.*)$", (ROOT / "loadtest" / "Dockerfile").read_text()):
+        *sources, target = words.split()
+        for source in map(ROOT.joinpath, sources):
+            place = folder / target.lstrip("/")
+            if source.is_dir():
+                shutil.copytree(source, place, dirs_exist_ok=True)
+            else:
+                place.mkdir(parents=True, exist_ok=True)
+                shutil.copy(source, place)
+    binds = [(str(folder / "srv"), "/srv"), (str(Path(sys.executable).parent.parent), "/image/venv")]
+    return Image({}, binds, "/srv", signal.SIGTERM)
+
+
+def images(tree: Path, folder: Path) -> dict[str, Image]:
+    """Return what stands for each image, by the beginning of its name; *folder* takes what is copied."""
     find = shutil.which
     path = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
     redis = find("valkey-server", path=path) or find("redis-server", path=path)
     cli = find("valkey-cli", path=path) or find("redis-cli", path=path)
     return {
         "sse-kit/app": app_image(tree),
+        "sse-kit/loadtest": loadtest_image(folder / "image-loadtest"),
         "nginxinc/nginx-unprivileged": Image(
             {}, [(str(ROOT / ".cache/nginx"), "/image/nginx")], "/", signal.SIGQUIT
         ),
@@ -196,7 +214,7 @@ class Cluster:
         self.secrets = secrets
         self.prefix = f"ssek{os.getpid()}x{random.randrange(10**6)}"
         self.objects: dict[tuple[str, str], Object] = {}
-        self.images = images(tree)
+        self.images = images(tree, self.folder)
         self.faults: list[str] = []
         self.news_seconds = float(NEWS_SECONDS)
         self.stopping = threading.Event()
@@ -256,7 +274,7 @@ class Cluster:
         check(objects)
         with self.lock:
             if tree is not None:
-                self.images = images(tree)
+                self.images = images(tree, self.folder)
             for o in objects:
                 self.objects[o["kind"], o["metadata"]["name"]] = scaled(o)
 
@@ -268,7 +286,8 @@ class Cluster:
     def restart(self, name: str) -> None:
         """Do what `kubectl rollout restart` does."""
         with self.lock:
-            labels = self.objects["Deployment", name]["spec"]["template"]["metadata"]["labels"]
+            (o,) = (o for (kind, each), o in self.objects.items() if each == name and kind in ("Deployment", "StatefulSet"))
+            labels = o["spec"]["template"]["metadata"]["labels"]
             labels["restarted"] = str(time.monotonic_ns())
 
     def of(self, workload: str) -> "list[Pod]":
@@ -303,13 +322,15 @@ class Cluster:
 
     # --- what Services say
 
-    def addresses(self, service: str) -> list[str] | None:
-        """Return what the name server answers; None where there is no such name now."""
+    def addresses(self, service: str, pod: str = "") -> list[str] | None:
+        """Return what the name server answers, for one *pod* or all; None where there is no such name now."""
         with self.lock:
             o = self.objects.get(("Service", service))
             if o is None:
                 return None
             chosen = [p for p in self.pods if p.address and o["spec"]["selector"].items() <= p.labels.items()]
+            # Pods of a StatefulSet have names below the Service that it names.
+            chosen = [p for p in chosen if not pod or (p.name == pod and p.subdomain == service)]
             every = o["spec"].get("publishNotReadyAddresses", False)
             return [p.address for p in chosen if every or p.known_ready(NAMES_SECONDS)] or None
 
@@ -338,6 +359,8 @@ class Cluster:
                         self._deployment(o)
                     elif kind == "StatefulSet":
                         self._stateful(o)
+                    elif kind == "Job":
+                        self._job(o)
 
     def _deployment(self, o: Object) -> None:
         spec, name = o["spec"], o["metadata"]["name"]
@@ -357,12 +380,38 @@ class Cluster:
 
     def _stateful(self, o: Object) -> None:
         name, version = o["metadata"]["name"], fingerprint(o, self)
-        every = [p for p in self.pods if p.workload == name]
-        if not every:
-            self.pods.append(Pod(self, o, name, version, ordinal="0"))
-        for pod in every:
-            if pod.version != version:
-                pod.delete()
+        every = {p.name: p for p in self.pods if p.workload == name}
+        ordered = o["spec"].get("podManagementPolicy", "OrderedReady") == "OrderedReady"
+        wanted = [f"{name}-{ordinal}" for ordinal in range(o["spec"].get("replicas", 1))]
+        for each in wanted:
+            if each not in every:
+                self.pods.append(Pod(self, o, name, version, ordinal=each.rpartition("-")[2]))
+            if ordered and not (each in every and every[each].ready):
+                break
+        # An update begins with the last one, and waits for each.
+        for each in reversed(wanted):
+            pod = every.get(each)
+            if pod is None or pod.version != version:
+                if pod is not None:
+                    pod.delete()
+                break
+            if not pod.ready:
+                break
+
+    def _job(self, o: Object) -> None:
+        name = o["metadata"]["name"]
+        there = sum(p.workload == name for p in self.pods)
+        # Once, as backoffLimit 0 says: a pod that has ended stays.
+        for _ in range(o["spec"].get("parallelism", 1) - there):
+            self.pods.append(Pod(self, o, name, "once"))
+
+    def withdraw(self, objects: list[Object]) -> None:
+        """Do what `kubectl delete` does, for workloads."""
+        with self.lock:
+            for o in objects:
+                self.objects.pop((o["kind"], o["metadata"]["name"]), None)
+                for pod in self.of(o["metadata"]["name"]):
+                    pod.delete()
 
 
 class Pod:
@@ -375,6 +424,7 @@ class Pod:
         self.namespace = o["metadata"]["namespace"]
         self.images = cluster.images
         self.name = f"{workload}-{ordinal or os.urandom(3).hex()}"
+        self.subdomain = o["spec"].get("serviceName", "")
         self.claims = [c["metadata"]["name"] for c in o["spec"].get("volumeClaimTemplates", [])]
         self.maps = {k[1]: v["data"] for k, v in cluster.objects.items() if k[0] == "ConfigMap"}
         self.address = cluster.address()
@@ -386,6 +436,9 @@ class Pod:
         self.deleted_at = 0.0
         self.restarts = 0
         self.killed_at_grace = False
+        self.lost = False
+        # Of a pod that runs once: what its containers ended with.
+        self.exit_codes: list[int] = []
         self.folder = cluster.folder / f"{self.name}-{self.born}"
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self._removed = False
@@ -403,6 +456,12 @@ class Pod:
         for process in self.processes.values():
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
+
+    def lose(self) -> None:
+        """Take its machine away: nobody answers, not even that nobody is there, and nothing is started again."""
+        self.lost = True
+        ip("link", "set", self._outside, "down")
+        self.kill()
 
     def available(self, o: Object) -> bool:
         """Return whether it has been ready for minReadySeconds."""
@@ -438,6 +497,11 @@ class Pod:
     def _netns(self) -> str:
         return f"{self.cluster.prefix}p{self.address.replace('.', '_')}"
 
+    @property
+    def _outside(self) -> str:
+        """Its end of the cable, on the node."""
+        return f"v{self.address.replace('.', '')[3:]}"
+
     def _run(self) -> None:
         self.folder.mkdir()
         self._network()
@@ -445,11 +509,16 @@ class Pod:
             process = self._spawn(c)
             if process.wait() and not self.cluster.stopping.is_set():
                 raise RuntimeError(f"{self.name}/{c['name']} ended with {process.returncode}: {self.log()}")
-        keepers = [Keeper(self, c) for c in self.spec["containers"]]
+        keepers: list[Keeper] = []
+        if self.spec.get("restartPolicy") == "Never":
+            self._once()
+        else:
+            keepers = [Keeper(self, c) for c in self.spec["containers"]]
         while not self.deleting and not self.cluster.stopping.is_set():
             for keeper in keepers:
-                keeper.turn()
-            ready = all(keeper.ready for keeper in keepers)
+                if not self.lost:
+                    keeper.turn()
+            ready = bool(keepers) and not self.lost and all(keeper.ready for keeper in keepers)
             if ready != self.ready:
                 self.ready, self.ready_at = ready, time.monotonic()
                 self._tell(ready)
@@ -464,13 +533,22 @@ class Pod:
         with self.cluster.lock:
             self.cluster.pods.remove(self)
 
+    def _once(self) -> None:
+        for c in self.spec["containers"]:
+            self.processes[c["name"]] = self._spawn(c)
+        self._tell(True)
+        while any(process.poll() is None for process in self.processes.values()):
+            if self.deleting or self.cluster.stopping.wait(0.02):
+                return
+        self._tell(False)
+        self.exit_codes = [process.returncode for process in self.processes.values()]
+
     def _end(self) -> None:
         deadline = self.deleted_at + self.spec.get("terminationGracePeriodSeconds", 30) * SCALE
         for c in self.spec["containers"]:
             sleep = c.get("lifecycle", {}).get("preStop", {}).get("sleep", {}).get("seconds", 0) * SCALE
             time.sleep(max(0.0, min(self.deleted_at + sleep, deadline) - time.monotonic()))
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self.processes[c["name"]].pid, self._image(c).stop)
+            self.processes[c["name"]].send_signal(self._image(c).stop)
         for process in self.processes.values():
             try:
                 process.wait(max(0.01, deadline - time.monotonic()))
@@ -478,10 +556,10 @@ class Pod:
                 self.killed_at_grace = True
 
     def _network(self) -> None:
-        inside, outside = "eth0", f"v{self.address.replace('.', '')[3:]}"
+        inside = "eth0"
         ip("netns", "add", self._netns)
-        ip("link", "add", outside, "type", "veth", "peer", "name", inside, "netns", self._netns)
-        ip("link", "set", outside, "master", "br0", "up")
+        ip("link", "add", self._outside, "type", "veth", "peer", "name", inside, "netns", self._netns)
+        ip("link", "set", self._outside, "master", "br0", "up")
         batch = f"link set lo up\naddr add {self.address}/16 dev {inside}\nlink set {inside} up\nroute add default via {NAME_SERVER}\n"
         subprocess.run(["ip", "-n", self._netns, "-batch", "-"], input=batch, text=True, check=True)
         for sysctl in self.spec.get("securityContext", {}).get("sysctls", []):
@@ -506,7 +584,7 @@ class Pod:
             "cwd": image.cwd,
             "uid": context["runAsUser"], "gid": context["runAsGroup"], "groups": [context["fsGroup"]] if "fsGroup" in context else [],
             "argv": argv or c["command"],
-            "env": {"PATH": "/image/bin:/image/venv/bin:/image/nginx:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "PYTHONDONTWRITEBYTECODE": "1"} | self._environment(c),
+            "env": {"PATH": "/image/bin:/image/venv/bin:/image/nginx:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "PYTHONDONTWRITEBYTECODE": "1", "HOSTNAME": self.name} | self._environment(c),
         }  # fmt: skip
         (scratch.with_suffix(".json")).write_text(json.dumps(spec))
         log = self.folder / f"{c['name']}.log"
@@ -578,7 +656,8 @@ class Keeper:
             now = time.monotonic()
             if now < self.next[name]:
                 continue
-            self.next[name] = now + probe.get("periodSeconds", 10) * SCALE
+            # A container for each question costs 50 ms of CPU here.
+            self.next[name] = now + max(probe.get("periodSeconds", 10) * SCALE, 0.5 if "exec" in probe else 0)
             good = self._asks(probe)
             self.failures[name] = 0 if good else self.failures[name] + 1
             if good and name == "startupProbe":
@@ -639,8 +718,8 @@ class NameServer:
             at += 1 + question[at]
         (kind,) = struct.unpack("!H", question[at + 1 : at + 3])
         asked = question[12 : at + 5]
-        service, _, rest = ".".join(labels).lower().partition(".")
-        found = self.cluster.addresses(service) if re.fullmatch(rf"\w+\.svc\.{DOMAIN}", rest) else None
+        name = re.fullmatch(rf"(?:([\w-]+)\.)?([\w-]+)\.\w+\.svc\.{DOMAIN}", ".".join(labels).lower())
+        found = self.cluster.addresses(name[2], name[1] or "") if name else None
         answers = found if found and kind == 1 else []
         head = question[:2] + struct.pack("!HHHHH", 0x8180 if found else 0x8183, 1, len(answers), 0, 0)
         rows = [b"\xc0\x0c" + struct.pack("!HHIH", 1, 1, 5, 4) + socket.inet_aton(a) for a in answers]

@@ -277,9 +277,9 @@ def ladder(objects: list[Object]) -> Iterator[str]:
     valid = max(nginx_value(objects, "resolver .* valid=", r"(\d+s)"), default=0)
     if not 30 + valid <= sleep[app]:
         yield f"the application's preStop ({sleep[app]}) must be over the name server's 30 s + nginx's valid ({valid:g})"
-    # 15: Hypercorn's own end, and a process that is slow to hear.
-    if not sleep[app] + s.drain_seconds + 15 < grace[app]:
-        yield f"the application's grace ({grace[app]}) must be over preStop + SSE_DRAIN_SECONDS + 15"
+    # 15: what is left is cut, Hypercorn ends, and a process may be slow to hear.
+    if not sleep[app] + s.drain_seconds + s.run_finish_seconds + 15 <= grace[app]:
+        yield f"the application's grace ({grace[app]}) must be preStop + SSE_DRAIN_SECONDS + SSE_RUN_FINISH_SECONDS + 15 at least"
 
 
 @rule
@@ -316,6 +316,61 @@ def disruption(objects: list[Object]) -> Iterator[str]:
             yield f"{title(o)} must have one PodDisruptionBudget"
         elif mine[0]["spec"].get("unhealthyPodEvictionPolicy") != "AlwaysAllow" or mine[0]["spec"].get("maxUnavailable") != 1:
             yield f"{title(mine[0])} must let one pod go, and sick ones always"
+
+
+@rule
+def sentinels(objects: list[Object]) -> Iterator[str]:
+    """Three that decide and three that are decided about: one of each may be lost, and no acknowledged event."""
+    sets = {o["metadata"]["name"]: o for o in of(objects, "StatefulSet")}
+    if "sse-sentinel" not in sets:
+        return
+    files = {f"{o['metadata']['name'][:-11]}/{name}": text for o in of(objects, "ConfigMap") for name, text in o["data"].items()}
+    watchers, copies = (sets[name]["spec"].get("replicas", 1) for name in ("sse-sentinel", "sse-redis"))
+    quorum = int(re.findall(r"sentinel monitor sse sse-redis-0\.sse-redis\.\$domain 6379 (\d+)", files["sse-sentinel/sentinel.sh"])[0])
+    if watchers < 3 or watchers % 2 == 0 or quorum != watchers // 2 + 1:
+        yield f"Sentinels ({watchers}) must be three or another odd number, and decide by majority ({quorum})"
+    wait = int(next((e["value"] for _, c, _ in containers(objects) for e in c.get("env", []) if e["name"] == "SSE_PUBLISH_WAIT_REPLICAS"), 0))
+    if not 1 <= wait <= copies - 2:
+        yield f"a publish must be acknowledged by one replica, and one of {copies - 1} may be away: SSE_PUBLISH_WAIT_REPLICAS is {wait}"
+    for line in ("min-replicas-to-write 1", "replica-serve-stale-data no", "appendonly yes", "maxmemory-policy noeviction"):
+        if line not in files["sse-redis/valkey.conf"].splitlines():
+            yield f"valkey.conf must have: {line}"
+    for line in ("sentinel resolve-hostnames yes", "sentinel announce-hostnames yes"):
+        if line not in files["sse-sentinel/sentinel.conf"].splitlines():
+            yield f"sentinel.conf must have: {line}"
+    try:
+        url = settings(objects).redis_url
+    except SettingError:
+        return  # the rule `starts` says so
+    hosts = re.findall(r"[@,]([^@,/]+)", url.partition("://")[2].rpartition("/0?")[0])
+    if hosts != [f"sse-sentinel-{n}.sse-sentinel:26379" for n in range(watchers)]:
+        yield f"SSE_REDIS_URL must name every Sentinel, names {hosts}"
+    for name in ("sse-sentinel", "sse-redis"):
+        spec = sets[name]["spec"]
+        labels = spec["template"]["metadata"]["labels"]
+        required = spec["template"]["spec"].get("affinity", {}).get("podAntiAffinity", {}).get("requiredDuringSchedulingIgnoredDuringExecution", [])
+        if not any(t["topologyKey"] == "kubernetes.io/hostname" and selects(t["labelSelector"]["matchLabels"], labels) for t in required):
+            yield f"StatefulSet/{name} must never have two pods on one node"
+        if spec.get("podManagementPolicy") != "Parallel":
+            yield f"StatefulSet/{name}: its pods must not wait for each other"
+        if spec.get("serviceName") != name or not any(o["metadata"]["name"] == name and o["spec"].get("publishNotReadyAddresses") for o in of(objects, "Service")):
+            yield f"StatefulSet/{name}: its pods must have names, ready or not"
+        budgets = [o for o in of(objects, "PodDisruptionBudget") if selects(o["spec"]["selector"]["matchLabels"], labels)]
+        if len(budgets) != 1 or budgets[0]["spec"].get("maxUnavailable") != 1:
+            yield f"StatefulSet/{name} must have one PodDisruptionBudget, of one pod"
+        if not spec.get("volumeClaimTemplates"):
+            yield f"StatefulSet/{name} must keep what it knows"
+
+
+@rule
+def jobs_end(objects: list[Object]) -> Iterator[str]:
+    """A Job runs once, ends by itself, and goes."""
+    for o in of(objects, "Job"):
+        spec = o["spec"]
+        if spec.get("backoffLimit") != 0 or spec["template"]["spec"].get("restartPolicy") != "Never":
+            yield f"{title(o)} must run once: a second try hides what the first one found"
+        if not spec.get("activeDeadlineSeconds") or not spec.get("ttlSecondsAfterFinished"):
+            yield f"{title(o)} must end by itself, and be deleted"
 
 
 @rule
@@ -477,6 +532,9 @@ def nginx_files(objects: list[Object]) -> Iterator[str]:
     wanted = {k: v for k, v in wanted.items() if k != "upstream.conf" and not fnmatch(k, "templates/*")}
     # The form for a name stands in the usual one's place.
     wanted["snippets/sse-sticky.conf"] = wanted.pop("snippets/sse-sticky.resolve.conf")
+    # The one file that an overlay may fill: the component load-test does.
+    if deployed.get("exempt.conf") == (ROOT / "k8s/components/load-test/exempt.conf").read_text():
+        wanted["exempt.conf"] = deployed["exempt.conf"]
     for name in sorted(set(wanted) | set(deployed)):
         if wanted.get(name) != deployed.get(name):
             yield f"{name} must be deployed as it is in nginx/"
@@ -504,8 +562,13 @@ def ways_are_open(objects: list[Object]) -> Iterator[str]:
         return False
 
     ways = [("Deployment/sse-nginx", "Deployment/sse-app", 8000), ("Deployment/sse-app", "StatefulSet/sse-redis", 6379)]
+    ways += [("Deployment/sse-app", "StatefulSet/sse-sentinel", 26379), ("StatefulSet/sse-sentinel", "StatefulSet/sse-sentinel", 26379)]
+    ways += [("StatefulSet/sse-sentinel", "StatefulSet/sse-redis", 6379)]
+    ways += [("StatefulSet/sse-redis", "StatefulSet/sse-redis", 6379)] if "StatefulSet/sse-sentinel" in labels else []
+    ways += [("Job/sse-loadtest-worker", "Job/sse-loadtest-master", 5557)]
+    ways += [(f"Job/{one}", "Deployment/sse-nginx", 8080) for one in ("sse-loadtest-master", "sse-loadtest-worker")]
     for one, other, port in ways:
-        if other in labels and not (may("egress", one, other, port) and may("ingress", other, one, port)):
+        if {one, other} <= set(labels) and not (may("egress", one, other, port) and may("ingress", other, one, port)):
             yield f"{one} must reach {other} on {port}"
     for one in labels:
         if not may("egress", one, None, 53):

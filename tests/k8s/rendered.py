@@ -18,12 +18,13 @@ OVERLAYS = ("local", "staging", "production")
 
 # k8s/README.md promises: of each group one or none, in any combination.
 GROUPS: tuple[tuple[str, ...], ...] = (
-    ("redis", "external-redis"),
+    ("redis", "redis-sentinel", "external-redis"),
     ("autoscaling", "autoscaling-keda"),
     ("tls", "gateway-api", "nginx-ingress-f5", "envoy-gateway"),
     ("jwt",),
     ("network-policy",),
     ("monitoring",),
+    ("load-test",),
 )
 
 Object = dict[str, Any]
@@ -40,6 +41,12 @@ def kustomize(folder: Path) -> list[Object]:
 def overlay(name: str) -> list[Object]:
     """Return the objects of one overlay. Callers must not change them."""
     return kustomize(K8S / "overlays" / name)
+
+
+@functools.cache
+def load_test() -> list[Object]:
+    """Return the objects of one run of the load test. Callers must not change them."""
+    return kustomize(K8S / "components" / "load-test" / "run")
 
 
 @functools.cache

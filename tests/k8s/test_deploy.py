@@ -4,6 +4,9 @@
 kubectl is a script that answers as the cluster would; rendering is the real one's.
 """
 
+import contextlib
+import hashlib
+import io
 import json
 import os
 import re
@@ -18,8 +21,9 @@ from typing import Any
 import pytest
 import redis
 
-from k8s.deploy import Failed, acl, needed_secrets, split_image
-from tests.k8s.rendered import ROOT, overlay
+from k8s.deploy import Failed, acl, containers, needed_secrets, secret_data, split_image
+from loadtest.__main__ import _print_results
+from tests.k8s.rendered import ROOT, composed, overlay
 from tests.live import connect
 
 # Answers by the first words of the question; what only renders goes to the real kubectl.
@@ -68,6 +72,7 @@ GOOD: list[Answer] = [
     ("api-resources", (0, "something\n", "")),
     ("get namespace", (0, "{}", "")),
     *SECRETS,
+    ("get deployment/ --show-managed-fields", (0, "", "")),
     ("diff", (1, "+  replicas: 3\n", "")),
     ("apply", (0, "deployment.apps/sse-app serverside-applied\n", "")),
     ("rollout status", (0, "successfully rolled out\n", "")),
@@ -109,6 +114,13 @@ class Run:
 @pytest.fixture
 def run(tmp_path: Path, require: Callable[..., str]) -> Run:
     return Run(tmp_path, require("kubectl"))
+
+
+def replica_set(revision: str, image: str, restarted: str) -> dict[str, Any]:
+    annotations = {"kubectl.kubernetes.io/restartedAt": restarted} if restarted else {}
+    labels = {"app.kubernetes.io/name": "x", "pod-template-hash": f"h{revision}"}
+    template: dict[str, Any] = {"metadata": {"labels": labels} | ({"annotations": annotations} if annotations else {}), "spec": {"image": image}}
+    return {"metadata": {"annotations": {"deployment.kubernetes.io/revision": revision}}, "spec": {"template": template}}
 
 
 DEPLOY = ("deploy", "--overlay", "staging", "--image", IMAGE, "--yes", "--no-smoke")
@@ -184,7 +196,7 @@ class TestWhatIsWrong:
         assert 1 == done.returncode
         assert ".spec.replicas" in done.stderr
         assert "No one else may own these fields" in done.stderr
-        assert "--force-conflicts" not in run.asked
+        assert not any("--force-conflicts" in line for line in run.asked.splitlines() if line.startswith("apply"))
 
 
 class TestWhatIsDone:
@@ -201,6 +213,27 @@ class TestWhatIsDone:
         assert f"image: {IMAGE}" in run.asked
         assert {"deployment/sse-app", "deployment/sse-nginx", "statefulset/sse-redis"} == set(re.findall(r"rollout status (\S+)", run.asked))
 
+    def test_an_autoscaler_is_new(self, run):
+        """The number of pods that is there stays: somebody else owns it before we let go of it."""
+        owner = {"manager": "sse-kit", "operation": "Apply", "fieldsV1": {"f:spec": {"f:replicas": {}}}}
+        live = {"metadata": {"managedFields": [owner]}, "spec": {"replicas": 6}}
+        first: list[Answer] = [("get deployment/ --show-managed-fields", (0, json.dumps(live), ""))]
+        done = run("deploy", "--overlay", "production", "--image", IMAGE, "--yes", "--no-smoke", first=first)
+        applied = [line for line in run.asked.splitlines() if line.startswith("apply")]
+        (number, *_) = (json.loads(line[4:]) for line in run.asked.splitlines() if line.startswith('<<< {"apiVersion": "apps/v1"'))
+
+        assert 0 == done.returncode, done.stderr
+        assert ["sse-kit-autoscaler", "sse-kit-autoscaler", "sse-kit"] == [line.partition("--field-manager=")[2].split()[0] for line in applied]
+        assert {"replicas": 6} == number["spec"]
+
+    def test_an_autoscaler_was_there(self, run):
+        """Then the number is its own, and nothing is handed over."""
+        live = {"metadata": {"managedFields": [{"manager": "kube-controller-manager", "fieldsV1": {"f:spec": {"f:replicas": {}}}}]}, "spec": {"replicas": 6}}
+        done = run("deploy", "--overlay", "production", "--image", IMAGE, "--yes", "--no-smoke", first=[("get deployment/ --show-managed-fields", (0, json.dumps(live), ""))])
+
+        assert 0 == done.returncode, done.stderr
+        assert "sse-kit-autoscaler" not in run.asked
+
     def test_nothing_changes(self, run):
         """Without a difference nothing is applied, and nobody is asked."""
         done = run(*(a for a in DEPLOY if a != "--yes"), first=[("diff", (0, "", ""))])
@@ -210,11 +243,42 @@ class TestWhatIsDone:
         assert "apply" not in run.asked.split()
 
     def test_rollback(self, run):
-        """Both Deployments go back to the version of before."""
-        done = run("rollback", "--overlay", "staging", "--yes")
+        """Both Deployments go back to the version of before, which a restart is not; what undo changed is ours again."""
+        revisions = [("1", "old", ""), ("2", "new", ""), ("3", "new", "2026-11-21T15:00:00Z")]
+        sets = {"items": [replica_set(*each) for each in revisions]}
+        live = {"apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": "x", "namespace": "sse", "labels": {}, "managedFields": []}}
+        live |= {"spec": {"replicas": 7, "template": replica_set("1", "old", "x")["spec"]["template"]}, "status": {}}
+        first: list[Answer] = [("get replicasets", (0, json.dumps(sets), "")), ("get deployment/", (0, json.dumps(live), ""))]
+        done = run("rollback", "--overlay", "staging", "--yes", first=first)
+        undone = re.findall(r"rollout undo (\S+) --to-revision=(\d+)", run.asked)
+        (owned, *_) = (json.loads(line[4:]) for line in run.asked.splitlines() if line.startswith("<<< "))
 
         assert 0 == done.returncode, done.stderr
-        assert {"deployment/sse-app", "deployment/sse-nginx"} == set(re.findall(r"rollout undo (\S+)", run.asked))
+        assert {("deployment/sse-app", "1"), ("deployment/sse-nginx", "1")} == set(undone)
+        assert {"name": "x", "namespace": "sse", "labels": {}} == owned["metadata"]
+        assert {"apiVersion", "kind", "metadata", "spec"} == set(owned)
+        assert 7 == owned["spec"]["replicas"]
+        assert {} == owned["spec"]["template"]["metadata"]["annotations"]
+
+    def test_rollback_of_autoscaled_pods(self, run):
+        """Their number stays the autoscaler's."""
+        live = {"apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": "x", "namespace": "sse", "labels": {}}}
+        live |= {"spec": {"replicas": 7, "template": replica_set("1", "old", "")["spec"]["template"]}}
+        sets = {"items": [replica_set("1", "old", ""), replica_set("2", "new", "")]}
+        first: list[Answer] = [("get replicasets", (0, json.dumps(sets), "")), ("get deployment/", (0, json.dumps(live), ""))]
+        done = run("rollback", "--overlay", "production", "--yes", first=first)
+
+        assert 0 == done.returncode, done.stderr
+        assert all("replicas" not in json.loads(line[4:])["spec"] for line in run.asked.splitlines() if line.startswith("<<< "))
+
+    def test_rollback_of_the_first_version(self, run):
+        """Where there is none before, it is said."""
+        sets = {"items": [replica_set("1", "new", ""), replica_set("2", "new", "2026-11-21T15:00:00Z")]}
+        done = run("rollback", "--overlay", "staging", "--yes", first=[("get replicasets", (0, json.dumps(sets), ""))])
+
+        assert 0 == done.returncode, done.stderr
+        assert "deployment/sse-app has no version of before, and stays." in done.stdout
+        assert "rollout undo" not in run.asked
 
     def test_undeploy_keeps_secrets_and_volumes(self, run):
         """The namespace with Secrets and volumes stays."""
@@ -270,6 +334,14 @@ class TestSecrets:
         assert "cmVkaXNzOi8vc3NlOnB3QHJlZGlzLmV4YW1wbGUuY29tOjYzODAvMA==" == made["sse-redis"]["url"]
         assert "a2tra2tra2tra2tra2tra2tra2tra2tra2tra2tra2tra2tra2traw==" == made["sse-jwt"]["secret"]
 
+    def test_of_another_component(self, run):
+        """A Secret without the keys that are needed now is not passed over in silence."""
+        done = run("secrets", "--overlay", "staging", "--yes", first=[("get secret sse-redis", (0, secret("url"), ""))])
+
+        assert 1 == done.returncode
+        assert "Secret sse-redis must have password, users.acl, has not: another component made it. Delete it" in done.stderr
+        assert "apply" not in run.asked.split()
+
     @pytest.mark.parametrize(
         ("env", "sentence"),
         [
@@ -287,6 +359,20 @@ class TestSecrets:
         assert 1 == done.returncode
         assert sentence in done.stderr
         assert "apply" not in run.asked.split()
+
+    def test_of_sentinels(self, run):
+        """Each speaks with a password of its own, and the files say by hash whose it is."""
+        keys = needed_secrets(composed(("redis-sentinel",)))["sse-redis"]
+        made = secret_data("sse-redis", keys)
+        passwords = {made[key] for key in ("password", "replica-password", "sentinel-password")}
+
+        assert keys == set(made)
+        assert 3 == len(passwords)
+        for password in passwords:
+            assert password.isalnum()
+            assert password not in made["users.acl"] + made["sentinel.acl"]
+        for name, key in (("sse", "password"), ("replica", "replica-password"), ("sentinel", "sentinel-password")):
+            assert f"user {name} on #{hashlib.sha256(made[key].encode()).hexdigest()} " in made["users.acl"]
 
     def test_rights_in_redis(self, redis_factory):
         """The application may do all but administration, on its own keys; others may only PING."""
@@ -311,6 +397,80 @@ class TestSecrets:
             assert may("sse", "right", *command), command
         for command in (("XADD", "other", "*", "a", "b"), ("FLUSHALL",), ("CONFIG", "SET", "maxmemory", "1"), ("KEYS", "*"), ("SHUTDOWN",)):
             assert not may("sse", "right", *command), command
+
+
+class TestLoadTest:
+    RUN = ("loadtest-cluster", "--overlay", "staging", "--image", IMAGE, "--yes")
+
+    def world(self, tmp_path: Path, code: int, packed: bool = True) -> list[Answer]:
+        """A master that has run, with its report in its log."""
+        result = {"began": "2026-11-21T15:22:33+00:00", "scenario": "smoke", "exit_code": code}
+        (tmp_path / "result.json").write_text(json.dumps(result))
+        (tmp_path / "report.html").write_text("<html>")
+        with contextlib.redirect_stdout(io.StringIO()) as text:
+            _print_results(tmp_path)
+        log = "     0 s  smoke: 20 streams\n" + text.getvalue() * packed + "FAILED: lost is 1, must be exactly 0\n"
+        status = json.dumps({"status": {"failed" if code else "succeeded": 1}})
+        return [("get jobs", (0, '{"items": []}', "")), ("get job ", (0, status, "")), ("logs -f", (0, log, ""))]
+
+    @pytest.mark.parametrize("code", [0, 1])
+    def test_run(self, run, tmp_path, code):
+        """Progress, the report on the disk, the verdict last, and its exit status."""
+        done = run(*self.RUN, "--results", str(tmp_path / "results"), "--workers=4", first=self.world(tmp_path, code))
+        folder = tmp_path / "results" / "20261121-152233-smoke"
+        items = next(json.loads(line[4:])["items"] for line in run.asked.splitlines() if line.startswith("<<< "))
+
+        assert code == done.returncode, done.stderr
+        assert "     0 s  smoke: 20 streams\n" in done.stdout
+        assert "--- results" not in done.stdout
+        assert "FAILED: lost is 1, must be exactly 0" == done.stdout.splitlines()[-1]
+        assert "<html>" == (folder / "report.html").read_text()
+        assert code == json.loads((folder / "result.json").read_text())["exit_code"]
+        assert {"registry.example.com:5000/sse/loadtest:1.2"} == {c["image"] for _, c, _ in containers(items)}
+        # The one before is removed first.
+        assert run.asked.index("delete job") < run.asked.index("apply")
+        (master,) = (c for name, c, _ in containers(items) if name == "sse-loadtest-master")
+        assert [("SSE_LOADTEST_SECRET", {"name": "sse-jwt", "key": "secret"})] == [(e["name"], e["valueFrom"]["secretKeyRef"]) for e in master["env"]]
+
+    @pytest.mark.parametrize(
+        ("arguments", "first", "sentence"),
+        [
+            ((*RUN, "--workers=0"), [], "PROCESSES must be from 1 to 100, got 0."),
+            ((*RUN, "--scenario=stress"), [], "The overlay staging must have the component load-test for more than SCENARIO=smoke"),
+            ((*RUN, "--streams=5000"), [], "The overlay staging must have the component load-test"),
+            ((*RUN[:3], "--image", "registry.example.com/x@sha256:" + "0" * 64, "--yes"), [], "LOADTEST_IMAGE must be given where the application's image is not …/app:TAG"),
+            (RUN, [("get jobs", (0, '{"items": [{"status": {"active": 1}}]}', ""))], "One load test must run at a time, but another one runs in namespace sse."),
+            (RUN[:-1], [("get jobs", (0, '{"items": []}', ""))], "Somebody must confirm to load https://sse-nginx in namespace sse (prod)"),
+        ],
+    )  # fmt: skip
+    def test_what_is_wrong(self, run, arguments, first, sentence):
+        """One sentence, and nothing is begun."""
+        done = run(*arguments, first=first)
+
+        assert 1 == done.returncode
+        assert sentence in done.stderr
+        assert 1 == done.stderr.count("\n"), done.stderr
+        assert "apply" not in run.asked.split()
+
+    def test_without_a_report(self, run, tmp_path):
+        """A master that could not run at all says why, and so do we."""
+        done = run(*self.RUN, first=self.world(tmp_path, 2, packed=False))
+
+        assert 1 == done.returncode
+        assert "The load test must hand over its results, did not. Its last line: FAILED: lost is 1" in done.stderr
+
+    def test_workers_that_do_not_start(self, run):
+        """As with `make deploy`: the reason, after a while."""
+        status = {"conditions": [{"reason": "Unschedulable", "message": "0/3 nodes are available"}]}
+        pods = {"items": [{"metadata": {"name": "sse-loadtest-worker-1"}, "status": status}]}
+        first: list[Answer] = [
+            ("get jobs", (0, '{"items": []}', "")), ("get job ", (0, "{}", "")), ("logs", (1, "", "")),
+            ("get pods name=sse-loadtest-worker", (0, json.dumps(pods), "")), ("get pods", (0, '{"items": []}', "")), ("get events", (0, "", "")),
+        ]  # fmt: skip
+        done = run(*self.RUN, first=first, env={"SSE_KIT_STUCK_SECONDS": "0"})
+
+        assert 1 == done.returncode
+        assert "The load test must start, but sse-loadtest-worker-1 does not: no node has room: 0/3 nodes are available" in done.stderr
 
 
 class TestNamesOfImages:

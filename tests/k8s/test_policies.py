@@ -2,6 +2,7 @@
 What every overlay and every promised set of components keeps; and that each rule sees what breaks it.
 """
 
+import argparse
 import copy
 import re
 from collections.abc import Callable
@@ -9,12 +10,17 @@ from typing import Any
 
 import pytest
 
-from k8s.deploy import smoke_objects
+from k8s.deploy import loadtest_objects, smoke_objects
 from tests.k8s.policies import RULES, broken
-from tests.k8s.rendered import GROUPS, K8S, OVERLAYS, combinations, composed, overlay, pick
+from tests.k8s.rendered import GROUPS, K8S, OVERLAYS, combinations, composed, load_test, overlay, pick
 
 Objects = list[dict[str, Any]]
 BASE: tuple[str, ...] = ("redis", "jwt", "network-policy", "autoscaling-keda", "gateway-api", "monitoring")
+
+
+def options(**given: Any) -> argparse.Namespace:
+    names = dict.fromkeys(("streams", "seconds", "rate", "thresholds", "options"), "")
+    return argparse.Namespace(**names | {"overlay": "local", "workers": 1, "scenario": "smoke", "loadtest_image": "registry.example.com/loadtest:1"} | given)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -35,6 +41,18 @@ class TestAllKeepTheRules:
 
         assert {"Job", "ConfigMap"} == {o["kind"] for o in items}
         assert [] == broken(overlay(name) + items)
+
+    @pytest.mark.parametrize("name", OVERLAYS)
+    def test_load_test(self, name):
+        """The load test's Jobs, fitted to an overlay, keep every rule beside it; master and workers agree on their number."""
+        items = loadtest_objects(overlay(name), options(overlay=name, workers=3, streams="100"))
+        master, worker = (pick(items, "Job", f"sse-loadtest-{which}")["spec"] for which in ("master", "worker"))
+        command = master["template"]["spec"]["containers"][0]["command"]
+
+        assert [] == broken(overlay(name) + items)
+        assert 3 == worker["parallelism"] == worker["completions"]
+        assert {"--expect-workers=3", "--scenario=smoke", "--streams=100"} <= set(command)
+        assert ("--insecure" in command) == ("--host=https://sse-nginx" in command) == (name != "local")
 
     def test_every_pair_of_components(self):
         """Whatever README.md lets be combined, alone and two by two, keeps every rule."""
@@ -133,6 +151,8 @@ SLIPS: list[tuple[str, Callable[[Objects], Any]]] = [
     ("ladder", setting("SSE_HEARTBEAT_SECONDS", "30")),
     ("ladder", setting("SSE_MAX_AGE_SECONDS", "540")),
     ("ladder", setting("SSE_DRAIN_SECONDS", "100")),
+    ("ladder", setting("SSE_RUN_FINISH_SECONDS", "31")),
+    ("ladder", lambda o: pod(o).update(terminationGracePeriodSeconds=120)),
     ("ladder", lambda o: pod(o).pop("terminationGracePeriodSeconds")),
     ("ladder", lambda o: one(o)["lifecycle"]["preStop"]["sleep"].update(seconds=30)),
     ("ladder", lambda o: nginx(o)["template"]["spec"].update(terminationGracePeriodSeconds=600)),
@@ -172,18 +192,77 @@ SLIPS: list[tuple[str, Callable[[Objects], Any]]] = [
     ("ways_are_open", without("NetworkPolicy", "sse-redis")),
     ("ways_are_open", without("NetworkPolicy", "sse-nginx")),
     ("ways_are_open", lambda o: pick(o, "NetworkPolicy", "sse-app")["spec"]["ingress"][0]["ports"][0].update(port=9000)),
+    ("ways_are_open", without("NetworkPolicy", "sse-loadtest")),
+    ("ways_are_open", lambda o: pick(o, "NetworkPolicy", "sse-loadtest")["spec"]["egress"].pop()),
+    ("jobs_end", lambda o: pick(o, "Job", "sse-loadtest-master")["spec"].pop("activeDeadlineSeconds")),
+    ("jobs_end", lambda o: pick(o, "Job", "sse-loadtest-worker")["spec"].pop("ttlSecondsAfterFinished")),
+    ("jobs_end", lambda o: pick(o, "Job", "sse-loadtest-worker")["spec"].update(backoffLimit=6)),
+    ("jobs_end", lambda o: pick(o, "Job", "sse-loadtest-master")["spec"]["template"]["spec"].update(restartPolicy="OnFailure")),
+    ("services_reach_pods", lambda o: pick(o, "Service", "sse-loadtest")["spec"]["selector"].update({"app.kubernetes.io/name": "sse-loadtest"})),
+    ("nginx_files", lambda o: config(o, "sse-nginx").update({"exempt.conf": "0.0.0.0/0 1;\n"})),
+]  # fmt: skip
+
+
+def sentinel(objects: Objects) -> Any:
+    return pick(objects, "StatefulSet", "sse-sentinel")["spec"]
+
+
+def copies(objects: Objects) -> Any:
+    return pick(objects, "StatefulSet", "sse-redis")["spec"]
+
+
+def replaced(prefix: str, name: str, old: str, new: str) -> Callable[[Objects], None]:
+    def edit(objects: Objects) -> None:
+        data = config(objects, prefix)
+        assert old in data[name]
+        data[name] = data[name].replace(old, new)
+
+    return edit
+
+
+# The same for the set with Sentinels.
+WITH_SENTINELS: tuple[str, ...] = ("redis-sentinel", "network-policy")
+SLIPS_OF_SENTINELS: list[tuple[str, Callable[[Objects], Any]]] = [
+    ("sentinels", lambda o: sentinel(o).update(replicas=2)),
+    ("sentinels", replaced("sse-sentinel", "sentinel.sh", "6379 2", "6379 1")),
+    ("sentinels", lambda o: copies(o).update(replicas=2)),
+    ("sentinels", lambda o: one(o)["env"].remove(entry(o, "SSE_PUBLISH_WAIT_REPLICAS"))),
+    ("sentinels", lambda o: entry(o, "SSE_PUBLISH_WAIT_REPLICAS").update(value="2")),
+    ("sentinels", replaced("sse-redis", "valkey.conf", "\nmin-replicas-to-write 1", "")),
+    ("sentinels", replaced("sse-redis", "valkey.conf", "replica-serve-stale-data no", "replica-serve-stale-data yes")),
+    ("sentinels", replaced("sse-sentinel", "sentinel.conf", "announce-hostnames yes", "announce-hostnames no")),
+    ("sentinels", lambda o: entry(o, "SSE_REDIS_URL").update(value=entry(o, "SSE_REDIS_URL")["value"].replace(",sse-sentinel-2.sse-sentinel:26379", ""))),
+    ("sentinels", lambda o: copies(o)["template"]["spec"].pop("affinity")),
+    ("sentinels", lambda o: sentinel(o).update(podManagementPolicy="OrderedReady")),
+    ("sentinels", lambda o: pick(o, "Service", "sse-redis")["spec"].pop("publishNotReadyAddresses")),
+    ("sentinels", lambda o: copies(o).update(serviceName="redis")),
+    ("sentinels", without("PodDisruptionBudget", "sse-sentinel")),
+    ("sentinels", lambda o: sentinel(o).pop("volumeClaimTemplates")),
+    ("ways_are_open", without("NetworkPolicy", "sse-sentinel")),
+    ("ways_are_open", lambda o: pick(o, "NetworkPolicy", "sse-redis")["spec"].pop("egress")),
+    ("ways_are_open", lambda o: pick(o, "NetworkPolicy", "sse-redis")["spec"]["ingress"][0]["from"].pop()),
+    ("ways_are_open", lambda o: pick(o, "NetworkPolicy", "sse-app")["spec"]["egress"].pop()),
 ]  # fmt: skip
 
 
 class TestEachRuleSees:
     def test_every_rule_has_a_slip(self):
         """A rule that was never seen failing may be no rule."""
-        assert set(RULES) == {name for name, _ in SLIPS}
+        assert set(RULES) == {name for name, _ in SLIPS + SLIPS_OF_SENTINELS}
 
     @pytest.mark.parametrize(("name", "slip"), SLIPS, ids=[f"{i}-{name}" for i, (name, _) in enumerate(SLIPS)])
     def test_slip(self, name, slip):
         """Each slip is seen, by the rule that is there for it."""
-        objects = copy.deepcopy(composed(BASE))
+        objects = copy.deepcopy(composed(BASE) + load_test())
+        assert [] == broken(objects)
+        slip(objects)
+
+        assert name in {fault.split(":")[0] for fault in broken(objects)}
+
+    @pytest.mark.parametrize(("name", "slip"), SLIPS_OF_SENTINELS, ids=[f"{i}-{name}" for i, (name, _) in enumerate(SLIPS_OF_SENTINELS)])
+    def test_slip_with_sentinels(self, name, slip):
+        """The same where Sentinels choose the master."""
+        objects = copy.deepcopy(composed(WITH_SENTINELS))
         assert [] == broken(objects)
         slip(objects)
 

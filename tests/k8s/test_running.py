@@ -6,21 +6,22 @@ YAML at a time and sees the damage: what runs is the YAML.
 """
 
 import copy
+import json
 import os
 import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from k8s.deploy import acl
-from tests.k8s.audience import Audience
+from k8s.deploy import MASTER, acl, loadtest_objects, parser, unpack
 from tests.k8s.cluster import NEWS_SECONDS, Cluster, UnknownField, check
 from tests.k8s.rendered import ROOT, overlay, pick
+from tests.k8s.stage import Stage
+from tests.loadtest.runs import PATIENT
 
 Objects = list[dict[str, Any]]
 APP, NGINX, REDIS = "sse-app", "sse-nginx", "sse-redis"
@@ -28,35 +29,6 @@ SECRETS = {REDIS: {"password": "of-this-test", "users.acl": acl("of-this-test")}
 
 # What must not be lost is looked at again and again; all of it is one story.
 pytestmark = pytest.mark.timeout(240)
-
-
-class Stage:
-    """A cluster and its audience, in one thread of their own: the network is the thread's."""
-
-    def __init__(self, objects: Objects, tree: Path) -> None:
-        self._thread = ThreadPoolExecutor(1)
-        self.cluster = Cluster(objects, SECRETS, tree)
-        self.audience: Audience | None = None
-        try:
-            self(self._enter)
-        except BaseException:
-            self.close()
-            raise
-
-    def __call__(self, work: Callable[[], Any]) -> Any:
-        """Run *work* on the stage."""
-        return self._thread.submit(work).result()
-
-    def _enter(self) -> None:
-        self.cluster.__enter__()
-        self.cluster.wait(REDIS, APP, NGINX, seconds=60)
-        self.audience = Audience(self.cluster)
-
-    def close(self) -> None:
-        if self.audience is not None:
-            self.audience.stop()
-        self(lambda: self.cluster.__exit__(None, None, None))
-        self._thread.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +59,7 @@ def stage(require: Callable[..., str], before: Path) -> Iterator[Stage]:
     lines = (before / "k8s/base/app.env").read_text().splitlines()
     settings = dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))
     next(o for o in objects if o["metadata"]["name"].startswith("sse-app-") and o["kind"] == "ConfigMap")["data"] = settings
-    made = Stage(objects, before)
+    made = Stage(objects, SECRETS, before, (REDIS, APP, NGINX))
     yield made
     made.close()
 
@@ -170,6 +142,48 @@ class TestNothingIsLost:
             return stage.audience.checked()
 
         assert [] == [w for w in stage(story) if not w.startswith("publisher: ")]
+
+
+class TestTheLoadTestRuns:
+    def test_one_report_of_all_workers(self, stage, cluster):
+        """
+        Its Jobs, as `make loadtest-cluster` makes them: two workers find their master, and one report is in its log.
+
+        With nginx's own port: nobody is here who turns a Service's 80 into it.
+        """
+        given = ["--workers=2", "--seconds=3", PATIENT, "--options=--host=http://sse-nginx:8080"]
+        options = parser().parse_args(["loadtest-cluster", *given])
+        items = loadtest_objects(overlay("local"), options)
+        jobs = [o["metadata"]["name"] for o in items if o["kind"] == "Job"]
+
+        def story() -> dict[str, tuple[list[int], str]]:
+            cluster.apply(items)
+            stage.audience.until(lambda: any(p.exit_codes for p in cluster.of(MASTER)), seconds=90)
+            (master,) = cluster.of(MASTER)
+            # Without one, workers look for it for five minutes.
+            assert [0] == master.exit_codes, master.log()
+            stage.audience.until(lambda: sum(bool(p.exit_codes) for name in jobs for p in cluster.of(name)) == 3)
+            ended = {p.name: (p.exit_codes, p.log()) for name in jobs for p in cluster.of(name)}
+            cluster.withdraw(items)
+            cluster.gone()
+            return ended
+
+        ended = stage(story)
+        (log,) = (text for name, (_, text) in ended.items() if name.startswith("sse-loadtest-master"))
+        results = unpack(log.splitlines())
+        assert results, log
+        found = json.loads(results["result.json"])
+        figures = found["figures"]
+
+        assert 3 == len(ended)
+        assert {0} == {code for codes, _ in ended.values() for code in codes}, ended
+        assert ("passed", 2, 0) == (found["verdict"], found["workers"], found["exit_code"])
+        assert 20 == figures["streams_most"]
+        assert 0 == figures["lost"] == figures["duplicate"] == figures["gave_up"]
+        assert figures["deliveries"] > figures["published"] > 0
+        assert b"<html" in results["report.html"]
+        assert log.splitlines()[-1].startswith("passed: ")
+        assert [] == stage(stage.audience.checked)
 
 
 def app(objects: Objects) -> Any:
@@ -258,7 +272,7 @@ class TestNothingIsOverlooked:
             (lambda o: app(o)["containers"][0].update(args=["x"]), "spec.template.spec.containers[].args[]"),
             (lambda o: app(o)["containers"][0]["lifecycle"].update(preStop={"exec": {"command": ["x"]}}), "lifecycle.preStop.exec.command[]"),
             (lambda o: app(o)["containers"][0]["readinessProbe"].update(successThreshold=2), "readinessProbe.successThreshold"),
-            (lambda o: o.append({"kind": "Job", "apiVersion": "batch/v1", "metadata": {"name": "x"}}), "Job x"),
+            (lambda o: o.append({"kind": "CronJob", "apiVersion": "batch/v1", "metadata": {"name": "x"}}), "CronJob x"),
         ],
     )  # fmt: skip
     def test_a_field_that_it_does_not_know(self, edit, path, require):

@@ -12,7 +12,7 @@ from typing import Any
 import kubernetes_validate
 import pytest
 
-from tests.k8s.rendered import OVERLAYS, ROOT, combinations, composed, overlay, pick
+from tests.k8s.rendered import OVERLAYS, ROOT, combinations, composed, load_test, overlay, pick
 
 # The floor of the kit, what it will meet first, and the newest that is known.
 VERSIONS = ("1.33.0", "1.36.0", kubernetes_validate.latest_version())
@@ -34,7 +34,7 @@ def schemas(require: Callable[..., str]) -> str:
 
 
 def sets() -> dict[str, list[dict[str, Any]]]:
-    return {name: overlay(name) for name in OVERLAYS} | {"+".join(row) or "base": composed(row) for row in combinations()}
+    return {name: overlay(name) for name in OVERLAYS} | {"load-test/run": load_test()} | {"+".join(row) or "base": composed(row) for row in combinations()}
 
 
 def is_custom(o: dict[str, Any]) -> bool:
