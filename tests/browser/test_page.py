@@ -576,9 +576,9 @@ class TestOperator:
         expect(page.locator("#figures")).to_be_hidden()
         with redis.Redis(port=whole.redis.port) as client:
             key = "{sse}:control"
-            for _ in range(60):
+            for _ in range(24):
                 last = client.xinfo_stream(key)["last-generated-id"]
-                time.sleep(1.5)
+                time.sleep(2.5)  # each process tells once a second
                 if last == client.xinfo_stream(key)["last-generated-id"]:
                     break
             else:
