@@ -159,19 +159,19 @@ class TestToken:
         ]
         assert "alone" not in feed(tabs[2]).inner_text()
 
-    @pytest.mark.parametrize("text", ["<img src=x onerror=alert(1)>", "two words", "größe"])
-    def test_no_token(self, guarded, page, topic, text):
+    def test_no_token(self, guarded, page, topic):
         """
         What is no token is said to be none, and stays text.
         """
         page.goto(f"{guarded.url}/?topic={topic}")
         expect(state(page)).to_have_text("Closed")
 
-        enter(page, text)
-
-        assert not page.get_by_label("Token").evaluate("field => field.validity.valid")
+        for text in ("<img src=x onerror=alert(1)>", "two words", "größe"):
+            enter(page, text)
+            assert not page.get_by_label("Token").evaluate("field => field.validity.valid")
         assert 0 == page.locator("img").count()
         enter(page, "no.token")
+        expect(state(page)).to_have_text("Closed")
         expect(page.locator("#stream-problem")).to_contain_text("401")
 
 

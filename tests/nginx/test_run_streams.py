@@ -80,7 +80,7 @@ async def test_model_that_thinks(stack, port):
         say = exchange.writer.write
         say(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n\r\n")
         await exchange.writer.drain()
-        await asyncio.sleep(2.5)
+        await asyncio.sleep(1.7)
         say(token("thought") + finish() + DONE)
         await exchange.writer.drain()
         return False
