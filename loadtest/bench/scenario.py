@@ -111,7 +111,7 @@ QUICK = Size(
     scale_rate=10.0,
     churn=(1000, 10_000),
     churn_rounds=3,
-    runs=15,
+    runs=10,
 )
 
 
