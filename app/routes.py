@@ -14,6 +14,7 @@ from werkzeug.exceptions import HTTPException
 from app.access import BROADCAST, Caller
 from app.edge import soft_fail, wants_soft_fail
 from app.event import (
+    RUN_TOPICS,
     Draft,
     EventError,
     check_name,
@@ -362,7 +363,8 @@ def _topics(settings: Settings, caller: Caller) -> tuple[str, ...]:
             "topic",
             "must be contained in a pattern that the token lets its user subscribe to",
             topic,
-            "Ask for what the token names, or get another token.",
+            "Ask for what the token names, or get another token."
+            + (" Runs must be named there, as `run:…`." if topic.startswith(RUN_TOPICS) else ""),
         )
     asked[BROADCAST] = None
     if own is not None:

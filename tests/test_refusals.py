@@ -206,7 +206,9 @@ class TestToken:
         answer = await ask(server.port, "GET", EVENTS, headers={"Authorization": value})
 
         assert 401 == answer.status
-        assert SIGNED not in answer.body.decode()
+        # Not in part either: a long value is cut where it is shown.
+        assert answer.json["value"] is None
+        assert not any(part in answer.body.decode() for part in (SIGNED[:20], SIGNED[-10:], "YTpi"))
 
     async def test_no_second_chance(self, server):
         """Where the first carrier is bad, the next is not looked at."""
