@@ -83,6 +83,11 @@ class RunStream(Stream):
         headers = {"Content-Type": "application/json", "Content-Length": str(len(body)), "Idempotency-Key": self.key}
         return "POST", f"/runs{user}", headers, body
 
+    def cut(self, why: str) -> None:
+        """Break the connection, unless only its end is still to be read."""
+        if not self.over:
+            super().cut(why)
+
     # --- What is heard
 
     def opened(self, seconds: float, data: str) -> None:

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import gevent
 import pytest
+from gevent.event import Event
 
 from app.parser import ServerSentEvent
 from loadtest.generator import Generator, Ordinals, Stream, as_expected
@@ -400,12 +401,17 @@ class TestGenerator:
 
     def test_stalled_publishes(self, monkeypatch):
         """A server that stalls delays every event that was due meanwhile, not only the one that it held."""
-        calls = []
+        calls, held = [], Event()
 
         def post(self, path, body, headers):
             calls.append(body)
-            gevent.sleep(1.0 if len(calls) == 1 else 0.0)
+            held.wait(30)
             return 201, b"{}"
+
+        def until(condition) -> None:
+            with gevent.Timeout(30):
+                while not condition():
+                    gevent.sleep(0.01)
 
         monkeypatch.setattr("loadtest.publishing.Poster.post", post)
         # 100 topics, one event a second each.
@@ -413,17 +419,19 @@ class TestGenerator:
             load_scenarios()["average-load"], options(), Target("http://127.0.0.1:1"), streams=5000, run="r"
         )  # type: ignore[arg-type]
         publishing = gevent.spawn(Publishing(generator).run)
-        gevent.sleep(0.5)
-        in_flight = not generator.between_publishes.is_set()
-        gevent.sleep(1.5)
+        until(lambda: calls)
+        assert not generator.between_publishes.is_set()
+        gevent.sleep(1.0)
+        held.set()
+        until(lambda: len(calls) > 1)
         generator.publishing = False
 
         assert generator.between_publishes.wait(10)
         publishing.join(10)
         late = generator.measures.times["publish_delay"]
-        assert in_flight
-        assert generator.measures.tally["published"] == late.total_count > 150
-        assert late.get_value_at_percentile(75) > 400_000
+        # One, and all that were due while it was held.
+        assert generator.measures.tally["published"] == late.total_count >= 100
+        assert late.get_value_at_percentile(50) > 400_000
 
     def test_what_is_not_ours(self):
         """Data of somebody else that begins as ours does is passed over."""
