@@ -21,6 +21,7 @@ WORKERS ?= 3
 # It counts what its own process holds, so no other test may have been there.
 ALONE := tests/test_handoff.py
 # `make loadtest`: see loadtest/README.md; empty ones are the scenario's own.
+# SECONDS of `make fuzz`, too: 600 where it is empty.
 HOST ?=
 SCENARIO ?= smoke
 STREAMS ?=
@@ -150,8 +151,8 @@ nginx-size: venv ## Print nginx's settings for STREAMS=50000 (ARGS=--help: more)
 	@$(PYTHON) nginx/size.py $(STREAMS) $(ARGS)
 
 .PHONY: test-mutations
-test-mutations: test-packages test-venv ## Break each guarantee, see its test fail (ONLY=, LIST=1).
-	@$(PYTHON) -m tests.mutations --only "$(ONLY)" $(if $(LIST),--list)
+test-mutations: test-packages test-venv ## Break each guarantee, see its test fail (ONLY=, LIST=1, CHECK=1).
+	@$(PYTHON) -m tests.mutations --only "$(ONLY)" $(if $(LIST),--list) $(if $(CHECK),--check)
 
 .PHONY: test-faults
 test-faults: test-packages test-venv ## Break real parts, audit every stream (QUICK=1, ONLY=, SEED=, SEEDS=).
