@@ -156,7 +156,6 @@ class Collected:
         self.most_per_user = 0
         self.open_by_worker: dict[str, int] = {}
         self.cpu_by_worker: dict[str, list[float]] = {}
-        self.recent = histogram()
         self._seconds: dict[int, Second] = {}
         self._closed_until = 0
         self._step: tuple[HdrHistogram, HdrHistogram] | None = None

@@ -4,6 +4,7 @@ What every test may use: whole stacks, a Redis of its own, and no silent skips.
 
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,9 +13,14 @@ from typing import Any
 import hypothesis
 import pytest
 
-from app.stack import Redis, Stack, StackError, find_tool
+from app.stack import Redis, Stack, StackError, find_tool, reserve_port
 
 CI = os.environ.get("CI") == "true"
+
+# A shell without job control has Ctrl-C ignored in what it starts in the
+# background, and all children would inherit that: tests end programs by it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Two busy cores make any single example slow at times; that is no defect. In
 # CI the examples are always the same, so that a red run can be repeated.
@@ -81,6 +87,15 @@ def module_redis_server(require: Callable[..., str]) -> Iterator[Redis]:
     """Give all tests of one module the same Redis; each uses its own keys or FLUSHALL."""
     for factory in _redis_factory(require):
         yield factory()
+
+
+@pytest.fixture
+def free_port() -> Iterator[int]:
+    """Give a port where nobody listens, kept from all but a server of the test's own."""
+    port, holder = reserve_port()
+    yield port
+    if holder:
+        holder.close()
 
 
 def _redis_factory(require: Callable[..., str]) -> Iterator[Callable[..., Redis]]:

@@ -104,7 +104,7 @@ class Inside:
             | {"descriptors": sum(1 for _ in Path("/proc/self/fd").iterdir())}
         )
 
-    def wait_until_only(self, held: Counter[str], seconds: float = 5.0) -> None:
+    def wait_until_only(self, held: Counter[str], seconds: float = PATIENCE_SECONDS) -> None:
         """Wait until nothing is held beyond *held*."""
         deadline = time.monotonic() + seconds
         while left := self.held() - held:

@@ -6,7 +6,6 @@ First against scripted bytes, then against the real application.
 
 import asyncio
 import random
-import socket
 import time
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing, asynccontextmanager
@@ -35,12 +34,6 @@ def block(number: int) -> bytes:
 
 def event(number: int) -> ServerSentEvent:
     return ServerSentEvent("message", str(number), f"e:{number}")
-
-
-def free_port() -> int:
-    with socket.socket() as held:
-        held.bind(("127.0.0.1", 0))
-        return held.getsockname()[1]
 
 
 async def take(count: int, url: str, topics="logs", **options) -> list[ServerSentEvent]:
@@ -171,15 +164,15 @@ class TestListen:
 
         assert [{"stream": "s", "heartbeat_seconds": 15}] * 2 == opened
 
-    async def test_server_that_is_not_there_yet(self):
+    async def test_server_that_is_not_there_yet(self, free_port):
         """
         A client may be started before its server.
         """
-        port = free_port()
+        url = f"http://127.0.0.1:{free_port}"
         tried = asyncio.Event()
-        listening = asyncio.create_task(take(1, f"http://127.0.0.1:{port}", retry_ms=1, on_wait=lambda *_: tried.set()))
+        listening = asyncio.create_task(take(1, url, retry_ms=1, on_wait=lambda *_: tried.set()))
         await tried.wait()
-        async with serving(stream(OPEN, block(1)), port=port):
+        async with serving(stream(OPEN, block(1)), port=free_port):
             assert [event(1)] == await listening
 
     @pytest.mark.parametrize("code", [408, 425, 429, 500, 502, 503, 504])
@@ -255,7 +248,7 @@ class TestListen:
 
         assert [event(1), event(2)] == events
         assert ["nothing came for 0.15 s"] == waits
-        assert 0.15 <= time.monotonic() - started < 2
+        assert time.monotonic() - started >= 0.15
         assert "e:1" == server.requests[1].headers["last-event-id"]
 
     @pytest.mark.parametrize("answer", [silent, stream(then="hold"), stream(b":\n\n", then="hold")])
@@ -264,7 +257,7 @@ class TestListen:
         A server that takes the connection and says nothing is left too.
         """
         async with serving(answer, stream(block(1))) as server:
-            events = await take(1, server.url, silence_seconds=0.1, retry_ms=1)
+            events = await take(1, server.url, silence_seconds=0.5, retry_ms=1)
 
         assert [event(1)] == events
 
@@ -272,8 +265,8 @@ class TestListen:
         """
         A quiet stream with heartbeats stays.
         """
-        opened = encode(id="e:0", event="stream.open", data='{"heartbeat_seconds":0.1}')
-        beats = [part for _ in range(8) for part in (0.1, b":\n\n")]
+        opened = encode(id="e:0", event="stream.open", data='{"heartbeat_seconds":0.4}')
+        beats = [part for _ in range(4) for part in (0.5, b":\n\n")]
         async with serving(stream(opened, *beats, block(1))) as server:
             assert [event(1)] == await take(1, server.url)
 
@@ -283,13 +276,13 @@ class TestListen:
         """
         The server is not left because the caller takes its time.
         """
-        opened = encode(id="e:0", event="stream.open", data='{"heartbeat_seconds":0.02}')
+        opened = encode(id="e:0", event="stream.open", data='{"heartbeat_seconds":0.2}')
         async with (
             serving(stream(opened, block(1), block(2))) as server,
             aclosing(listen(server.url, "logs")) as listening,
         ):
             assert event(1) == await anext(listening)
-            await asyncio.sleep(0.2)
+            await asyncio.sleep(0.8)
             assert event(2) == await anext(listening)
 
         assert 1 == len(server.requests)
@@ -586,11 +579,11 @@ class TestPublish:
         """
         A server that keeps silent is asked again.
         """
-        monkeypatch.setattr(client_module, "ATTEMPT_SECONDS", 0.1)
+        monkeypatch.setattr(client_module, "ATTEMPT_SECONDS", 0.5)
         async with serving(silent, accepted) as server:
             assert ["e:1"] == await publish(server.url, EVENT)
 
-    async def test_server_that_is_not_there(self):
+    async def test_server_that_is_not_there(self, free_port):
         """
         At the deadline it is said that nothing was published, and why.
         """
@@ -599,14 +592,14 @@ class TestPublish:
 
         with pytest.raises(GaveUp, match="were not published") as gave_up:
             await publish(
-                f"http://127.0.0.1:{free_port()}",
+                f"http://127.0.0.1:{free_port}",
                 EVENT,
-                timeout_seconds=0.5,
+                timeout_seconds=1.5,
                 on_wait=lambda cause, _: causes.append(cause),
             )
 
         assert not gave_up.value.uncertain
-        assert 0.5 <= time.monotonic() - started < 2
+        assert time.monotonic() - started >= 1.5
         assert len(causes) >= 2
 
     async def test_deadline_with_a_lost_answer(self):
@@ -630,7 +623,7 @@ class TestPublish:
             with pytest.raises(GaveUp):
                 await publish(server.url, EVENT, timeout_seconds=60)
 
-        assert time.monotonic() - started < 3
+        assert time.monotonic() - started < 30
 
     async def test_retry_after(self):
         """
@@ -747,7 +740,7 @@ class TestAgainstTheApplication:
                 await publish(application, {"topics": ["many"], "data": str(number)}, client=client)
                 await asyncio.sleep(0.005)
 
-        events = await asyncio.wait_for(listening, 20)
+        events = await asyncio.wait_for(listening, 60)
 
         assert [str(number) for number in range(300)] == [event.data for event in events]
         assert sorted({event.id for event in events}) == sorted(event.id for event in events)
@@ -824,5 +817,5 @@ class TestAgainstTheApplication:
                     await asyncio.to_thread(first.restart)
                 await publish(second.url, {"topics": ["logs"], "data": str(number)}, client=client)
 
-        events = await asyncio.wait_for(listening, 20)
+        events = await asyncio.wait_for(listening, 60)
         assert [str(number) for number in range(200)] == [event.data for event in events]

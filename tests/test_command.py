@@ -205,7 +205,7 @@ class TestPublish:
         assert expected == run.data
         sizes = [len(request.events) for request in run.server.requests]
         assert 200 == max(sizes)
-        assert len(sizes) < 25
+        assert len(sizes) < 60
 
     async def test_batches_are_bounded_in_bytes(self, tmp_path):
         """
@@ -530,10 +530,10 @@ class TestListen:
         """
         --timeout is a good end of a stream that was open, and a bad one of a stream that never was.
         """
-        options = ["--timeout", "0.3"]
+        options = ["--timeout", "1"]
         assert not (await heard(stream(OPEN, ONE, then="hold"), options=options))[0]
         assert (await heard(status(503), options=options))[0]
-        assert b"No stream could be opened in 0.3 s.\n" in capsysbinary.readouterr().err
+        assert b"No stream could be opened in 1 s.\n" in capsysbinary.readouterr().err
 
     async def test_refused(self, capsysbinary):
         """
@@ -642,7 +642,7 @@ class TestProcess:
             os.close(writer)
             assert await asyncio.to_thread(os.read, reader, 1)
             listen.send_signal(signal.SIGTERM)
-            await asyncio.wait_for(listen.wait(), 5)
+            await asyncio.wait_for(listen.wait(), 30)
         os.close(reader)
 
         assert 0 == listen.returncode

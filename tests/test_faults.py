@@ -10,6 +10,7 @@ from tests.faults.matrix import FAULTS, complaints, possible, run
 from tests.faults.trial import Size
 
 
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("name", FAULTS)
 async def test_fault(name: str, require):
     """Every stream has every event once, in order, or was told; the fault's own promises are beside it."""

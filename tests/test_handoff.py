@@ -66,7 +66,7 @@ def topic() -> str:
 @pytest.fixture(autouse=True)
 def _close_soon(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     """A quarter of the time that connections are kept for a peer that does not read."""
-    if "two_seconds" not in request.node.name:
+    if not any(words in request.node.name for words in ("two_seconds", "in_time")):
         monkeypatch.setattr(handoff, "CLOSE_SECONDS", handoff.CLOSE_SECONDS / 4)
 
 
@@ -94,9 +94,9 @@ def nothing_left(inside: Inside) -> Iterator[None]:
     assert not inside.streams()
 
 
-def flood(wire: Wire, megabytes: int = MEGABYTES) -> int:
+def flood(wire: Wire, megabytes: int = MEGABYTES, *, patience: float = PATIENCE_SECONDS) -> int:
     """Send garbage for as long as somebody takes it; return how much was taken."""
-    wire.socket.settimeout(0.05)
+    wire.socket.settimeout(patience)
     sent = 0
     with contextlib.suppress(TimeoutError):
         for _ in range(megabytes * 16):
@@ -145,18 +145,18 @@ class TestNothingIsLeft:
     def test_of_megabytes_of_garbage_before_and_after_the_hand_off(self, inside: Inside, topic: str):
         with Wire(inside.port) as wire:
             wire.send(request(f"/events?topic={topic}") + b"g" * 1_000)
-            before = flood(wire)
+            # Hypercorn stops reading; we take and drop.
+            patience = PATIENCE_SECONDS if taken_over(inside) else 0.05
+            before = flood(wire, patience=patience)
             reader = Reader(wire)
             reader.read_head()
             reader.until_open()
-            after = flood(wire)
+            after = flood(wire, patience=patience)
             inside.publish(topic, "works")
             assert reader.until_data(1) == ["works"]
 
-        if inside.kit.settings.handoff == "auto":
-            # Taken and dropped. Hypercorn stops reading instead.
-            assert before > (MEGABYTES - 1) << 20
-            assert after == MEGABYTES << 20
+        if taken_over(inside):
+            assert before == after == MEGABYTES << 20
 
     @pytest.mark.parametrize(
         ("headers", "start"),
@@ -191,7 +191,7 @@ class TestNothingIsLeft:
         with Wire(inside.port) as wire:
             wire.send(request(f"/events?topic={topic}"))
             wire.half_close()
-            assert wire.ends(2)
+            assert wire.ends()
 
     @thrice
     def test_of_a_half_close_behind_a_second_request(self, inside: Inside, topic: str):
@@ -199,7 +199,7 @@ class TestNothingIsLeft:
         with Wire(inside.port) as wire:
             wire.send(request(f"/events?topic={topic}") + request("/events?topic=other"))
             wire.half_close()
-            assert wire.ends(2)
+            assert wire.ends()
 
     def test_of_a_half_close_with_bytes_before_it_that_nobody_has_read(self, inside: Inside, topic: str):
         """While the route still asks where this client stands, and before the hand-off."""
@@ -209,16 +209,15 @@ class TestNothingIsLeft:
             time.sleep(0.02)
             wire.send(b"more")
             wire.half_close()
-            assert wire.ends(3)
+            assert wire.ends()
 
     @thrice
     def test_of_a_half_close_after_a_second_request(self, inside: Inside, topic: str):
         with Reader.open(inside.port, topic, after=b"x" * 1_000) as reader:
             reader.until_open()
             reader.wire.half_close()
-            # Hypercorn looks at nothing while such bytes wait: a heartbeat tells.
-            wait_until(lambda: not inside.streams(), "the end", 0.5 if taken_over(inside) else 2 * HEARTBEAT + 0.5)
-            assert reader.wire.ends(2)
+            wait_until(lambda: not inside.streams(), "the end")
+            assert reader.wire.ends()
 
     @thrice
     def test_of_a_client_that_resets_at_once(self, inside: Inside, topic: str):
@@ -260,7 +259,7 @@ class TestNothingIsLeft:
             assert reader.until_data(1) == ["works"]
             assert "transfer-encoding" not in reader.headers
             inside.end_all()
-            assert reader.until_over(2).retry_ms is not None
+            assert reader.until_over().retry_ms is not None
 
     @thrice
     def test_of_a_client_that_leaves_with_a_large_event_under_way(self, inside: Inside, topic: str):
@@ -269,7 +268,7 @@ class TestNothingIsLeft:
             inside.publish(topic, *["x" * 500_000] * 2)
             time.sleep(0.03)
             leave(reader.wire)
-            wait_until(lambda: not inside.streams(), "the end", 0.5)
+            wait_until(lambda: not inside.streams(), "the end")
             reader.close()
 
 
@@ -288,12 +287,16 @@ class TestAPeerThatReadsNothing:
         with Reader.open(inside.port, topic, receive_buffer=4_096) as reader:
             reader.until_open()
             inside.publish(topic, *["x" * 500_000] * 3)
-            wait_until(lambda: not inside.streams(), "the end", SLOW + 3)
+            wait_until(lambda: not inside.streams(), "the end")
             assert inside.kit.tally.ended["slow_consumer"] > 0
-            wait_until(lambda: connections(inside.port) == 0, "the descriptor", 1)
+            wait_until(lambda: connections(inside.port) == 0, "the descriptor")
 
-    def test_gets_all_if_it_reads_on_in_time(self, inside: Inside, topic: str):
-        """What waits when a stream ends is still delivered, to the last chunk."""
+
+@pytest.mark.parametrize("path", ["auto", "off"])
+def test_a_peer_gets_all_if_it_reads_on_in_time(loop: str, path: str, topic: str):
+    """What waits when a stream ends is still delivered, to the last chunk."""
+    with Inside(loop, handoff=path) as inside:
+        held = inside.held()
         with Reader.open(inside.port, topic, receive_buffer=16_384) as reader:
             reader.until_open()
             inside.publish(topic, "x" * 700_000)
@@ -304,6 +307,7 @@ class TestAPeerThatReadsNothing:
             assert reader.clean
             assert reader.data == ["x" * 700_000]
             assert reader.retry_ms is not None
+        inside.wait_until_only(held)
 
 
 @pytest.mark.parametrize("path", ["auto", "off"])
@@ -317,7 +321,7 @@ def test_a_peer_that_reads_nothing_is_cut_two_seconds_after_its_stream_has_ended
             time.sleep(0.2)
             inside.end_all()
             began = time.monotonic()
-            wait_until(lambda: connections(inside.port) == 0, "the connection's end", handoff.CLOSE_SECONDS + 1)
+            wait_until(lambda: connections(inside.port) == 0, "the connection's end")
             assert time.monotonic() - began > handoff.CLOSE_SECONDS / 2
             assert not reader.until_over().clean
         inside.wait_until_only(held)
@@ -360,7 +364,7 @@ class TestMany:
             Wire(inside.port).close()
             assert get(inside.port, "/healthz")[0] == 200
 
-        inside.wait_until_only(held, 2)
+        inside.wait_until_only(held)
 
 
 class TestMemory:
@@ -420,20 +424,22 @@ def far_away(require: Callable[..., str]) -> Iterator[tuple[str, Callable[[], so
     require("nft")
     if os.geteuid() != 0:
         pytest.skip("a network namespace needs root")
-    tag = f"{random.randrange(1 << 20):05x}"
-    space, near, far = f"sse-{tag}", f"sse{tag}a", f"sse{tag}b"
-    third = random.randrange(256)
-    here, there = f"10.213.{third}.1", f"10.213.{third}.2"
 
-    def run(*command: str, check: bool = True) -> None:
-        subprocess.run(command, check=check, capture_output=True)
+    def run(*command: str, check: bool = True) -> bool:
+        return subprocess.run(command, check=check, capture_output=True).returncode == 0
+
+    # Others test at this moment, too: a name stands for a subnet, and is given once.
+    free = (n for n in random.sample(range(1 << 14), 20) if run("ip", "netns", "add", f"sse-{n:04x}", check=False))
+    number = next(free, 0)
+    space, near, far = f"sse-{number:04x}", f"sse{number:04x}a", f"sse{number:04x}b"
+    net, first = f"10.198.{number >> 6}", (number & 63) * 4
+    here, there = f"{net}.{first + 1}", f"{net}.{first + 2}"
 
     try:
-        run("ip", "netns", "add", space)
         run("ip", "link", "add", near, "type", "veth", "peer", "name", far, "netns", space)
-        run("ip", "addr", "add", f"{here}/24", "dev", near)
+        run("ip", "addr", "add", f"{here}/30", "dev", near)
         run("ip", "link", "set", near, "up")
-        run("ip", "-n", space, "addr", "add", f"{there}/24", "dev", far)
+        run("ip", "-n", space, "addr", "add", f"{there}/30", "dev", far)
         run("ip", "-n", space, "link", "set", far, "up")
     except subprocess.CalledProcessError as error:
         run("ip", "netns", "del", space, check=False)
@@ -480,7 +486,7 @@ class TestAClientThatVanishes:
             "SSE_LOOP": loop,
             "SSE_HEARTBEAT_SECONDS": HEARTBEAT,
             "SSE_SLOW_CONSUMER_SECONDS": SLOW,
-            "SSE_MAX_AGE_SECONDS": 2.5,
+            "SSE_MAX_AGE_SECONDS": 2.5 if "its_age" in request.node.name else 60,
         }
         process = Process(env)
         process.start()
@@ -500,7 +506,7 @@ class TestAClientThatVanishes:
                 lose()
 
             yield process, appear_and_vanish
-            wait_until(lambda: connections(process.port) == 0, "the descriptor", handoff.CLOSE_SECONDS * 4 + 1)
+            wait_until(lambda: connections(process.port) == 0, "the descriptor")
             assert process.complaints() == []
             for client in clients:
                 client.close()
@@ -509,7 +515,7 @@ class TestAClientThatVanishes:
         """Heartbeats go on into the void; then stream, transport and descriptor go."""
         process, appear_and_vanish = vanish
         appear_and_vanish(topic)
-        wait_until(process.ended, "the stream's end", 4)
+        wait_until(process.ended, "the stream's end")
         (line,) = process.ended()
         assert line["reason"] == "max_age"
 
@@ -524,7 +530,7 @@ class TestAClientThatVanishes:
         with Wire(process.port, host=process.env["SSE_HOST"]) as wire:
             wire.send(make_request("/publish", head, method="POST") + body)
             wire.until(b"201")
-        wait_until(lambda: process.ended("slow_consumer"), "the stream's end", SLOW + 1.5)
+        wait_until(lambda: process.ended("slow_consumer"), "the stream's end")
 
 
 # --- nginx
@@ -551,18 +557,6 @@ http {
     }
 }
 """
-
-WITHOUT_THE_HEADER = """
-from app import opening
-take = opening.Opening.take
-opening.Opening.take = lambda self, status, headers: take(
-    self, status, [header for header in headers if header[0].lower() != b"connection"]
-)
-import sys
-from app.__main__ import main
-sys.exit(main([]))
-"""
-
 
 class PlainNginx(Nginx):
     """nginx with keep-alive to one upstream for streams and publishes alike."""
@@ -611,29 +605,19 @@ async def publish_among_ending_streams(port: int, seconds: float) -> Counter[int
 
 
 class TestBehindNginx:
-    @pytest.mark.parametrize("launcher", ["", WITHOUT_THE_HEADER], ids=["with Connection close", "without"])
-    def test_no_post_meets_a_connection_that_was_a_streams(
-        self, require: Callable[..., str], tmp_path: Path, launcher: str
-    ):
-        """
-        nginx keeps upstream connections; one that was taken over must not be among them.
-
-        Without the header it would be: that run shows what the header is for.
-        """
+    def test_no_post_meets_a_connection_that_was_a_streams(self, require: Callable[..., str], tmp_path: Path):
+        """nginx keeps upstream connections; one that was taken over must not be among them."""
         require("nginx")
         env = {"SSE_MAX_AGE_SECONDS": 0.2, "SSE_HEARTBEAT_SECONDS": 0.1, "SSE_LOG_LEVEL": "warning"}
-        with Process(env, launcher) as process:
+        with Process(env) as process:
             nginx = PlainNginx(tmp_path, [str(process.port)])
             nginx.start()
             with contextlib.closing(nginx):
                 nginx.wait_ready()
                 statuses = asyncio.run(publish_among_ending_streams(nginx.port, 2.5))
 
-        assert statuses[201] > 200
-        if launcher:
-            assert statuses[502] > 0
-        else:
-            assert set(statuses) == {201}
+        assert statuses[201] > 50
+        assert set(statuses) == {201}
 
 
 # --- Other protocols, other servers
@@ -716,7 +700,7 @@ class TestHttp2:
             client.until(lambda: b"x\n\n" in client.data[numbers[0]] and b"small" in client.data[numbers[1]])
             assert b"small" not in client.data[numbers[2]]
             client.reset(numbers[2])
-            wait_until(lambda: len(inside.streams()) == 4, "the end of one", 1)
+            wait_until(lambda: len(inside.streams()) == 4, "the end of one")
             inside.end_all()
             client.until(lambda: len(client.ended) == 4)
         inside.wait_until_only(held)
@@ -733,10 +717,10 @@ class TestHttp2:
             client.until(lambda: all(b"stream.open" in client.data[number] for number in (blocked, neighbour)))
             for _ in range(8):
                 inside.publish(topic, "x" * 500_000)
-            client.until(lambda: len(inside.streams()) == 1, SLOW + 4, room=False)
+            client.until(lambda: len(inside.streams()) == 1, room=False)
             assert inside.kit.tally.ended["slow_consumer"] == 1
             assert len(client.data[blocked]) < 100_000
-            client.until(lambda: blocked in client.ended, 2, room=False)
+            client.until(lambda: blocked in client.ended, room=False)
             assert [stream.topics[0] for stream in inside.streams()] == [f"{topic}-other"]
 
     def test_a_connection_that_is_not_read_is_given_up(self, inside: Inside, topic: str):
@@ -749,8 +733,8 @@ class TestHttp2:
             client.widen(number)
             for _ in range(4):
                 inside.publish(topic, "x" * 500_000)
-            wait_until(lambda: not inside.streams(), "the stream's end", SLOW + 4)
-            wait_until(lambda: connections(inside.port) == 0, "the descriptor", 4)
+            wait_until(lambda: not inside.streams(), "the stream's end")
+            wait_until(lambda: connections(inside.port) == 0, "the descriptor")
         inside.wait_until_only(held)
 
 
@@ -799,8 +783,8 @@ class TestOtherWays:
             return wire
 
         opened().close()
-        wait_until(lambda: not inside.streams(), "the first stream's end", 1)
-        wait_until(lambda: connections(inside.port) == 0, "its connection's end", 1)
+        wait_until(lambda: not inside.streams(), "the first stream's end")
+        wait_until(lambda: connections(inside.port) == 0, "its connection's end")
         held = inside.held()
 
         wire = opened()
@@ -812,17 +796,17 @@ class TestOtherWays:
         for leave in (Wire.close, Wire.reset, lambda wire: wire.socket.shutdown(socket.SHUT_WR)):
             wire = opened()
             leave(wire)
-            wait_until(lambda: not inside.streams(), "the end", 1)
+            wait_until(lambda: not inside.streams(), "the end")
             wire.close()
         with opened(receive_buffer=4_096):
             inside.publish(topic, *["x" * 500_000] * 3)
-            wait_until(lambda: not inside.streams(), "the slow consumer's end", SLOW + 4)
+            wait_until(lambda: not inside.streams(), "the slow consumer's end")
             assert inside.kit.tally.ended["slow_consumer"] == 1
         with opened(receive_buffer=4_096):
             inside.publish(topic, *["x" * 500_000] * 3)
             time.sleep(0.1)
             inside.end_all()
-            wait_until(lambda: connections(inside.port) == 0, "the connection's end", handoff.CLOSE_SECONDS + 1)
+            wait_until(lambda: connections(inside.port) == 0, "the connection's end")
         inside.wait_until_only(held)
         assert inside.kit.tally.handed_off == 0
 

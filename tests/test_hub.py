@@ -354,13 +354,8 @@ class TestFlush:
         """
         A stream that is held before its turn, by a heartbeat that did not fit, gets the batch later.
         """
-        monkeypatch.setattr(hub_module, "_STRIDE", 1)
-        streams = [bench.open("a") for _ in range(6)]
+        streams, flush = self.held(bench, monkeypatch)
         stream, sink = streams[-1]
-        bench.now += 14
-        flush = self.begin(bench, ("a",))
-        sink.room = 1
-        bench.hub._visit(stream, bench.now)
         assert stream.waiting
         self.finish(bench, flush)
         assert [] == sink.data
@@ -374,13 +369,8 @@ class TestFlush:
         """
         A stream that was held before its turn, and has caught up by then, has had the batch already.
         """
-        monkeypatch.setattr(hub_module, "_STRIDE", 1)
-        streams = [bench.open("a") for _ in range(6)]
+        streams, flush = self.held(bench, monkeypatch)
         stream, sink = streams[-1]
-        bench.now += 14
-        flush = self.begin(bench, ("a",))
-        sink.room = 1
-        bench.hub._visit(stream, bench.now)
         bench.taken(stream, sink)
         bench.pump()
         assert (["1"], LIVE) == (sink.data, stream.state)
@@ -471,6 +461,17 @@ class TestFlush:
         next(flush)
         bench.cost = 0.0
         return flush
+
+    def held(self, bench: Bench, monkeypatch: pytest.MonkeyPatch) -> tuple[list[tuple[Stream, Sink]], Iterator[None]]:
+        """Start a flush to six streams; the last is held before its turn, by a heartbeat that did not fit."""
+        monkeypatch.setattr(hub_module, "_STRIDE", 1)
+        streams = [bench.open("a") for _ in range(6)]
+        stream, sink = streams[-1]
+        bench.now += 14
+        flush = self.begin(bench, ("a",))
+        sink.room = 1
+        bench.hub._visit(stream, bench.now)
+        return streams, flush
 
     @staticmethod
     def finish(bench: Bench, flush: Iterator[None]) -> None:

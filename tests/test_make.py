@@ -105,7 +105,8 @@ class TestSkips:
 
         run = subprocess.run(
             [sys.executable, "-m", "pytest", "--rootdir", str(tmp_path), "-c", os.devnull, options, str(tmp_path)],
-            env=os.environ | {"CI": ci, "PYTHONPATH": str(ROOT)},
+            env={name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+            | {"CI": ci, "PYTHONPATH": str(ROOT)},
             cwd=tmp_path,
             capture_output=True,
             text=True,

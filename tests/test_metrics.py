@@ -5,6 +5,7 @@ What one process says about itself in numbers: named as Prometheus wants it, on 
 import asyncio
 import re
 import signal
+import socket
 from collections.abc import Callable
 
 import pytest
@@ -15,7 +16,6 @@ from app.stream import REASONS
 from tests.live import Site, ask, becomes, event, metrics, publish, shared, subscribed
 
 # https://prometheus.io/docs/practices/naming/#base-units
-BASE_UNITS = ("_seconds", "_bytes", "_ratio")
 WRONG_UNITS = re.compile(r"_(ms|milliseconds|minutes|kb|kilobytes|megabytes|percent)(_|$)")
 
 
@@ -91,6 +91,11 @@ class TestValues:
         """
         A stream's life moves the counters by exactly what happened.
         """
+
+        async def quiet() -> bool:
+            return (await metrics(app))["sse_streams_open"] == 0
+
+        await becomes(quiet, "the end of other tests' streams")
         await publish(app, event("before", "counted"))
         before = await metrics(app)
         ids = await publish(app, event("1", "counted"), event("2", "counted"))
@@ -167,7 +172,7 @@ class TestReasons:
         require("redis-server", "valkey-server")
         with Site() as site:
             app = await asyncio.to_thread(
-                site.app, shared.server, max_age_seconds=1, slow_consumer_seconds=0.3,
+                site.app, shared.server, max_age_seconds=3, slow_consumer_seconds=0.3,
                 drain_seconds=30, drain_lead_seconds=0, send_buffer_bytes=4096,
             )  # fmt: skip
 
@@ -182,7 +187,10 @@ class TestReasons:
                 pass
             await becomes(lambda: ended("client_gone"))
             # A client that asks and then reads nothing.
-            reader, writer = await asyncio.open_connection("127.0.0.1", app.port, limit=1024)
+            sock = socket.socket()
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            sock.connect(("127.0.0.1", app.port))
+            reader, writer = await asyncio.open_connection(sock=sock, limit=1024)
             writer.write(b"GET /events?topic=slow HTTP/1.1\r\nHost: test\r\n\r\n")
             await reader.readuntil(b"\r\n\r\n")
             writer.transport.pause_reading()

@@ -17,7 +17,7 @@ from app.mint import main
 from app.stack import ROOT
 from app.tokens import Tokens
 from tests.signing import SECRET
-from tests.test_stack import feeding, free_port, run, until  # noqa: F401  fixtures
+from tests.test_stack import feeding, run, until  # noqa: F401  fixtures
 
 
 @pytest.fixture
@@ -113,7 +113,7 @@ class TestStack:
                 with urllib.request.urlopen(f"{url}/healthz", timeout=5):
                     return listen.poll() is not None
 
-            until(asked, 30)
+            until(asked, 90)
             line = json.loads(listen.stdout.read())
             modes = {path.name: path.stat().st_mode & 0o777 for path in folder.iterdir()}
 

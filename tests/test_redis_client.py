@@ -111,7 +111,7 @@ class TestFailover:
                     return bool(await log.publish(batch("after", "key")))
                 return False
 
-            await becomes(published, "a publish after the failover")
+            await becomes(published, "a publish after the failover", 60)
             await log.open()
             state = await log.state(Position(0, 0))
             entries = await log.read(state.epoch or "", Position(0, 0), 10, 0)
@@ -128,7 +128,7 @@ class TestFailover:
                 with pytest.raises(LogUnavailable):
                     await log.read("", Position(0, 0), 10, 0.2)
                 noticed = time.monotonic() - began
-                await asyncio.to_thread(eventually, lambda: sentinel.master_port() == replica.port, "the failover", 30)
+                await asyncio.to_thread(eventually, lambda: sentinel.master_port() == replica.port, "the failover", 60)
 
                 async def found() -> bool:
                     with contextlib.suppress(LogUnavailable):
@@ -137,8 +137,8 @@ class TestFailover:
                     return False
 
                 # For a moment the Sentinel knows of no master that is well.
-                await becomes(found, "the new master")
-            assert noticed < 5
+                await becomes(found, "the new master", 60)
+            assert noticed < 15
 
     async def test_no_sentinel_answers(self, watched: tuple[Redis, Redis, Sentinel]):
         """Without a Sentinel the log is away; an open connection serves on."""
@@ -160,7 +160,7 @@ class TestWaitForReplicas:
         repetition with the same key is one publish, acknowledged when it is there.
         """
         master, replica, sentinel = watched
-        options = {"wait_replicas": 1, "publish_timeout_seconds": 1.0}
+        options = {"wait_replicas": 1, "publish_timeout_seconds": 2.0}
         async with opened(sentinel_url(sentinel), **options) as log, opened(sentinel_url(sentinel), **options) as other:
             await log.publish(batch("one"))
             with frozen(replica):

@@ -909,7 +909,7 @@ class TestSoftFail:
             async def streams() -> float:
                 return (await readiness(app)).json["streams"] == 0
 
-            await becomes(streams, "the client's place free again", seconds=5)
+            await becomes(streams, "the client's place free again")
             async with subscribed(app, "full") as stream:
                 app.kill(signal.SIGTERM)
                 await stream.until(lambda s: s.told("stream.draining"))

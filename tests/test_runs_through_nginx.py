@@ -46,13 +46,17 @@ async def test_two_thousand_tokens_while_processes_are_restarted(stack, require)
     tokens = [f"token {number} é😀\r\n" if number % 7 else f"{number}\u2028" for number in range(2_000)]
     whole = "".join(tokens)
     port, holder = reserve_port()
+    # The last tokens wait for it: else a slow machine's restarts would outlast the run.
+    restarted = asyncio.Event()
 
     async def model(exchange: Exchange) -> bool:
         exchange.writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n\r\n")
-        for each in tokens:
+        for number, each in enumerate(tokens):
+            if number == 1_900:
+                await restarted.wait()
             exchange.writer.write(token(each))
             await exchange.writer.drain()
-            await asyncio.sleep(0.004)
+            await asyncio.sleep(0.002)
         exchange.writer.write(finish() + DONE)
         await exchange.writer.drain()
         return False
@@ -76,8 +80,11 @@ async def test_two_thousand_tokens_while_processes_are_restarted(stack, require)
             # reader is sent from one of the others to the next.
             [maker] = [app for app in kit.apps if logged(app, "run_started")]
             ending = asyncio.create_task(asyncio.to_thread(maker.restart))
-            for app in [app for app in kit.apps if app is not maker]:
-                await asyncio.to_thread(app.restart)
+            try:
+                for app in [app for app in kit.apps if app is not maker]:
+                    await asyncio.to_thread(app.restart)
+            finally:
+                restarted.set()
             await ending
 
         restarting = None

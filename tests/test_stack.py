@@ -24,7 +24,7 @@ from app import stack as module
 from app.stack import ROOT, Redis, Stack, StackError, identity, reserve_port
 
 
-def until(condition: Callable[[], object], seconds: float = 15) -> None:
+def until(condition: Callable[[], object], seconds: float = 60) -> None:
     """Wait for *condition*; fail if it does not come true."""
     deadline = time.monotonic() + seconds
     while not condition():
@@ -78,14 +78,6 @@ def target(link: Path) -> str:
         return os.readlink(link)
     except OSError:
         return ""
-
-
-@pytest.fixture
-def free_port() -> int:
-    port, holder = reserve_port()
-    if holder:
-        holder.close()
-    return port
 
 
 @pytest.fixture

@@ -247,10 +247,6 @@ class Reader:
     def names(self) -> list[str]:
         return [event.event for event in self.events]
 
-    @property
-    def comments(self) -> int:
-        return sum(piece.text.count(b":\n\n") for piece in self.pieces if piece.text.startswith(b":"))
-
     def read_head(self) -> None:
         head = self.wire.until(b"\r\n\r\n")[:-4]
         self.head_at = time.monotonic()

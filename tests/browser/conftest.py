@@ -17,6 +17,8 @@ from tests.browser import native
 
 # Browsers come back after 0.2 to 0.4 s (Firefox: 0.5 s) and not 1 to 2 s.
 QUICK_RETRY = {"SSE_RETRY_MS": "200"}
+# A drain of 45 s is a long time to watch.
+QUICK_DRAIN = {"SSE_DRAIN_SECONDS": "4"}
 
 
 @pytest.fixture
@@ -32,7 +34,7 @@ def topic():
 def kept_stack(require):
     require("redis-server", "valkey-server")
     require("nginx")
-    with Stack(env=QUICK_RETRY) as stack:
+    with Stack(env=QUICK_RETRY | QUICK_DRAIN) as stack:
         yield stack
 
 

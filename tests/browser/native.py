@@ -17,9 +17,9 @@ from urllib.parse import urlsplit
 from app.stack import Part
 from tests.browser.gate import Gate, Stream
 
-START_SECONDS = 30
+START_SECONDS = 90
 STOP_SECONDS = 5
-WAIT_SECONDS = 15
+WAIT_SECONDS = 60
 
 # The kit's own names. A page hears only the names it listens to.
 KIT_NAMES = (

@@ -46,7 +46,7 @@ def site(require: Callable[..., str]) -> Iterator[Stack]:
         yield stack
 
 
-def until(condition: Callable[[], Any], what: str, seconds: float = 20.0) -> None:
+def until(condition: Callable[[], Any], what: str, seconds: float = 60.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"{what}: not within {seconds:g} s"
@@ -138,7 +138,7 @@ def packages(require: Callable[..., str]) -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix="sse-npm-"))
     (folder / "package.json").write_text('{"private": true, "type": "module"}')
     command = [npm, "install", "--no-save", "--no-audit", "--no-fund", "--ignore-scripts", EVENTSOURCE]
-    subprocess.run(command, cwd=folder, check=True, capture_output=True, timeout=100)
+    subprocess.run(command, cwd=folder, check=True, capture_output=True, timeout=200)
     yield folder
     shutil.rmtree(folder)
 

@@ -27,7 +27,7 @@ def resets(site, topic, position):
         return [b"event: stream.open\n", b"event: stream.reset\n"] == [next(lines), next(lines)]
 
 
-def until(condition, seconds=15):
+def until(condition, seconds=60):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"not met within {seconds} s"

@@ -26,7 +26,7 @@ from app.stack import Stack
 ROOT = Path(__file__).parents[2]
 
 # Two busy cores make a browser wait for its turn.
-expect.set_options(timeout=15_000)
+expect.set_options(timeout=45_000)
 
 
 def row(page, text):
@@ -460,7 +460,7 @@ class TestChat:
         maker.kill()
 
         expect(page.locator("#chat-told")).to_contain_text("was lost. Asked again.")
-        expect(answer).to_contain_text("You wrote 150 words", timeout=30_000)
+        expect(answer).to_contain_text("You wrote 150 words", timeout=60_000)
         maker.start()
         maker.wait_ready()
 

@@ -31,7 +31,7 @@ PREFIX = "k"
 # The ladder scaled down: what takes minutes takes seconds.
 SCALED = {
     "SSE_LOG_FORMAT": "json",
-    "SSE_HEARTBEAT_SECONDS": "1",
+    "SSE_HEARTBEAT_SECONDS": "2",
     "SSE_HISTORY_SECONDS": "300",
     "SSE_REDIS_TIMEOUT_SECONDS": "1",
     "SSE_PUBLISH_TIMEOUT_SECONDS": "1.5",

@@ -37,10 +37,8 @@ class Truth:
         self.port, self._holder = reserve_port()
         self.url = f"http://127.0.0.1:{self.port}"
         command = [sys.executable, str(ROOT / "tests/loadtest/truth_server.py"), str(self.port), json.dumps(faults)]
-        if self._holder is not None:
-            self._holder.close()
         self.process = subprocess.Popen(command)
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
             with contextlib.suppress(OSError):
                 self.truth()
@@ -55,6 +53,8 @@ class Truth:
     def close(self) -> None:
         self.process.kill()
         self.process.wait()
+        if self._holder is not None:
+            self._holder.close()
 
 
 def processes_of(run: "Run") -> dict[int, int]:

@@ -175,7 +175,7 @@ class TestVerification:
         """
         An event that is missing at the end is counted too, though no gap shows it.
         """
-        report = play(*map(event, [1, 2, 3]), last=5, wait=0.3)
+        report = play(*map(event, [1, 2, 3]), last=5, wait=1.0)
 
         assert (3, 2, 0, 0) == counts(report)
 
@@ -207,7 +207,7 @@ class TestVerification:
         """
         Dropped, repeated and late events do not hide each other.
         """
-        report = play(*map(event, [2, 1, 1, 9, 5, 6, 5, 4, 10]), last=12, wait=0.3)
+        report = play(*map(event, [2, 1, 1, 9, 5, 6, 5, 4, 10]), last=12, wait=1.0)
 
         # Missing: 3, 7, 8, 11, 12. Twice: 1, 5. Late: 1, 5, 6, 4.
         assert (9, 5, 2, 4) == counts(report)
@@ -296,7 +296,7 @@ class TestStreams:
         """
         A stream that the server ends is lost, and what it had not read is missing.
         """
-        report = play(event(1), None, last=3, wait=0.3)
+        report = play(event(1), None, last=3, wait=1.0)
 
         assert (1, 2, 1) == (report.events, report.missing, report.lost)
 
@@ -414,10 +414,14 @@ class TestVoid:
         """
         with playing(lambda request, ordinal: [HEAD + OPEN]) as (clients, _):
             clients.connect()
-            clients.ask("mark")
-            time.sleep(0.2)
+            reasons = []
+            # A machine that is busy with something else voids it rightly, but not for ever.
+            while None not in reasons and len(reasons) < 50:
+                clients.ask("mark")
+                time.sleep(0.2)
+                reasons.append(clients.report().void_reason())
 
-            assert clients.report().void_reason() is None
+            assert reasons[-1] is None
 
     def test_busy_share(self):
         """
@@ -769,7 +773,7 @@ class TestProcesses:
         assert run.stdout is not None
         pids = [int(run.stdout.readline()), int(log.read_text())]
         run.send_signal(number)
-        run.wait(5)
+        run.wait(60)
         run.stdout.close()
 
         until(lambda: not any(map(alive, pids)))
@@ -792,7 +796,7 @@ def alive(pid: int) -> bool:
         return False
 
 
-def until(condition: Callable[[], bool], seconds: float = 5) -> None:
+def until(condition: Callable[[], bool], seconds: float = 30) -> None:
     """
     Wait until *condition* holds.
     """

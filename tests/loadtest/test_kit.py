@@ -65,8 +65,6 @@ class TestStorm:
         """Every stream breaks in the same moment, and misses nothing; two generator processes."""
         kit = stack(apps=2)
         port, holder = reserve_port()
-        if holder is not None:
-            holder.close()
 
         run = Run(
             tmp_path, kit.url, PATIENT, "--processes=2", f"--master-port={port}", "--streams=40", seconds=4,
@@ -74,5 +72,7 @@ class TestStorm:
         )  # fmt: skip
 
         assert 0 == run.end(), run.output
+        if holder is not None:
+            holder.close()
         assert (40, 40) == (run.figures["reconnects"], run.result["ended"]["disconnected"])
         assert 10 * run.figures["published"] == run.figures["deliveries"]

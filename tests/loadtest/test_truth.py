@@ -102,7 +102,7 @@ class TestCounts:
             # what it adds least to.
             added = runs[f"{delay} ms"][0].figures["delivery_p50_ms"] - control
 
-            assert delay - 25 <= added <= delay + 60, (delay, added, control)
+            assert abs(added - delay) <= max(100, delay / 2), (delay, added, control)
 
 
 class TestTime:
@@ -123,8 +123,7 @@ class TestTime:
         assert 0 == wrong.returncode, wrong.stderr
         # The same events of the same run: 250 bytes each, so four of them fill the buffer.
         late = float(wrong.stdout.split()[-1])
-        assert late > 150, wrong.stdout + wrong.stderr
-        assert run.figures["delivery_p50_ms"] < late / 2
+        assert late - run.figures["delivery_p50_ms"] > 100, wrong.stdout + wrong.stderr
 
     def test_saturated(self, tmp_path, server):
         """A generator that can't keep up is void, whatever it measured."""

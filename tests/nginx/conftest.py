@@ -48,12 +48,6 @@ def current(require: Callable[..., str]) -> str:
 
 
 @pytest.fixture(scope="session")
-def nginx_130(require) -> str:
-    """The current stable nginx."""
-    return current(require)
-
-
-@pytest.fixture(scope="session")
 def binaries(require) -> Callable[[str], str]:
     """Find nginx by `1.30` or `system`."""
     return lambda name: current(require) if name == "1.30" else require("nginx")

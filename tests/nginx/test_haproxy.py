@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from app.stack import ROOT, Part
+from app.stack import ROOT, Part, reserve_port
 from tests.crowd import becomes
 from tests.live import becomes as comes
 from tests.nginx.conftest import NATIVE, certificate
@@ -109,13 +108,13 @@ class TestStreams:
         """Heartbeats outlive the read timeout; a frozen process is noticed within it (scaled)."""
         app = site.app("", heartbeat_seconds=0.2)
         # The checks are not what this is about: they would take the frozen process away.
-        scaled = {"timeout server 75s": "timeout server 1s", "timeout client 30s": "timeout client 1s"}
+        scaled = {"timeout server 75s": "timeout server 2s", "timeout client 30s": "timeout client 2s"}
         proxy = await haproxy([f"127.0.0.1:{app.port}"], replaced=scaled)
         clients = [way(name, proxy.port_of(name)) for name in WAYS]
         async with clients[0] as plain, clients[1] as tls, clients[2] as h2:
             streams = [await client.ask("/events?topic=quiet", NATIVE) for client in (plain, tls, h2)]
             for stream in streams:
-                await stream.until(lambda s: bytes(s.body).count(b"\n:") >= 12)
+                await stream.until(lambda s: bytes(s.body).count(b"\n:") >= 22)
             assert ["", "", ""] == [stream.ended for stream in streams]
             os.kill(app.pid, signal.SIGSTOP)
             try:
@@ -203,10 +202,8 @@ class TestSoftFail:
 
     async def test_no_process_at_all(self, haproxy, toys, way_name):
         """A dead application is no reason to give up for ever, neither before nor after it was noticed."""
-        listener = socket.create_server(("127.0.0.1", 0))
-        dead = f"127.0.0.1:{listener.getsockname()[1]}"
-        listener.close()
-        proxy = await haproxy([dead])
+        port, holder = reserve_port()
+        proxy = await haproxy([f"127.0.0.1:{port}"])
         async with way(way_name, proxy.port_of(way_name)) as client:
             for _ in range(20):
                 answer = await client.ask("/events", NATIVE)
@@ -214,6 +211,8 @@ class TestSoftFail:
                 assert b"retry: " in await answer.whole()
                 await asyncio.sleep(0.05)
             api = await client.ask("/events")
+        if holder:
+            holder.close()
 
         assert 503 == api.status
 

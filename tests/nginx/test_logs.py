@@ -4,6 +4,7 @@ import asyncio
 import json
 import socket
 
+from app.stack import reserve_port
 from tests.crowd import becomes
 from tests.nginx.conftest import NATIVE, logged
 from tests.nginx.ways import way
@@ -20,9 +21,8 @@ class TestSecrets:
         bodies and heads that are too large.
         """
         (toy,) = await toys()
-        closed = socket.create_server(("127.0.0.1", 0))
-        dead = f"127.0.0.1:{closed.getsockname()[1]}"
-        closed.close()
+        port, holder = reserve_port()
+        dead = f"127.0.0.1:{port}"
         scaled = {"proxy_read_timeout": "100ms", "limit_conn sse_streams_of_user": "2"}
         for servers in ([toy.server], [dead], [dead, toy.server]):
             front = nginx(servers, way=way_name, version=version, files={"exempt.conf": ""}, directives=scaled)
@@ -34,8 +34,9 @@ class TestSecrets:
                         await (await client.send(f"/events?{QUERY}", headers)).until(lambda a: a.ended or a.events)
                         count += 1
                 toy.answer = "stream"
-                for headers in (NATIVE, NATIVE, NATIVE, TOKEN, TOKEN, TOKEN):  # over the limit, and silent
-                    await client.send(f"/events?{QUERY}", headers)
+                many = (NATIVE, NATIVE, NATIVE, TOKEN, TOKEN, TOKEN)  # over the limit, and silent
+                for answer in [await client.send(f"/events?{QUERY}", headers) for headers in many]:
+                    await answer.until(lambda a: a.ended or a.status)  # else nginx may never have read it
                     count += 1
             async with way(way_name, front.port) as client:
                 size = {"Content-Length": "2200000", "Authorization": TOKEN["Authorization"]}
@@ -48,6 +49,8 @@ class TestSecrets:
             assert SECRET not in front.log()
             # The proof that the error log was read: what is no stream's is there.
             assert "too large body" in front.log()
+        if holder:
+            holder.close()
 
     async def _too_large(self, name: str, port: int):
         async with way(name, port) as client:

@@ -80,18 +80,18 @@ class TestReadTimeout:
     async def test_silence_and_a_frozen_application(self, nginx, site):
         """
         A stream without events outlives the read timeout by its heartbeats; a process
-        that froze is noticed within it. The ladder is scaled: 0.2 s and 1 s for 15 s and 75 s.
+        that froze is noticed within it. The ladder is scaled: 0.2 s and 2 s for 15 s and 75 s.
         """
         app = site.app("", heartbeat_seconds=0.2, handoff="auto")
         fronts = {
-            name: nginx([f"127.0.0.1:{app.port}"], way=name, directives={"proxy_read_timeout": "1s"}) for name in WAYS
+            name: nginx([f"127.0.0.1:{app.port}"], way=name, directives={"proxy_read_timeout": "2s"}) for name in WAYS
         }
         loop = asyncio.get_running_loop()
         clients = [way(name, front.port) for name, front in fronts.items()]
         async with clients[0] as plain, clients[1] as tls, clients[2] as h2:
             streams = [await client.ask("/events?topic=quiet", NATIVE) for client in (plain, tls, h2)]
             for stream in streams:
-                await stream.until(lambda s: bytes(s.body).count(b"\n:") + bytes(s.body).startswith(b":") >= 12)
+                await stream.until(lambda s: bytes(s.body).count(b"\n:") + bytes(s.body).startswith(b":") >= 22)
             assert ["", "", ""] == [stream.ended for stream in streams]
 
             began = loop.time()
@@ -104,7 +104,7 @@ class TestReadTimeout:
 
             # At least the read timeout less one heartbeat; at most it, and a slow machine.
             for stream in streams:
-                assert 0.7 <= stream.ended_at - began < 5
+                assert 1.7 <= stream.ended_at - began < 20
                 assert "cut" == stream.ended
 
 

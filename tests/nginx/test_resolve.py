@@ -117,7 +117,7 @@ class TestFollowing:
         await reload(front)
         stayed = await places()
 
-        assert all(len(found) > 1 for found in went_round)
+        assert any(len(found) > 1 for found in went_round)
         assert all(len(found) == 1 for found in stayed), stayed
         assert 4 == len(set().union(*stayed))
         names.close()
