@@ -757,7 +757,7 @@ def scaled(o: Object) -> Object:
     o = copy.deepcopy(o)
     if o["kind"] == "ConfigMap":
         for key, text in o["data"].items():
-            o["data"][key] = _setting(key, _directives(text))
+            o["data"][key] = _setting(key, _directives(key, text))
     for kind in ("containers", "initContainers"):
         for c in o.get("spec", {}).get("template", {}).get("spec", {}).get(kind, []):
             for entry in c.get("env", []):
@@ -770,7 +770,9 @@ def _setting(name: str, value: str) -> str:
     return f"{float(value) * SCALE:g}" if name in _IN_SECONDS - _UNSCALED else value
 
 
-def _directives(text: str) -> str:
+def _directives(file: str, text: str) -> str:
+    if file == "sse-api.conf":
+        return text  # longer than SSE_PUBLISH_TIMEOUT_SECONDS, which is not scaled
     text = re.sub(r"(worker_shutdown_timeout|proxy_read_timeout) (\d+)s;", lambda m: f"{m[1]} {int(int(m[2]) * SCALE * 1000)}ms;", text)
     # nginx counts these in whole seconds.
     return re.sub(r"\bvalid=\d+s", "valid=1s", text)

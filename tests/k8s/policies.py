@@ -320,46 +320,47 @@ def disruption(objects: list[Object]) -> Iterator[str]:
 
 @rule
 def sentinels(objects: list[Object]) -> Iterator[str]:
-    """Three that decide and three that are decided about: one of each may be lost, and no acknowledged event."""
-    sets = {o["metadata"]["name"]: o for o in of(objects, "StatefulSet")}
-    if "sse-sentinel" not in sets:
+    """Three Valkeys, each with a Sentinel: one of them may be lost, and no acknowledged event."""
+    files = {name: text for o in of(objects, "ConfigMap") if re.fullmatch("sse-redis-[a-z0-9]{10}", o["metadata"]["name"]) for name, text in o["data"].items()}
+    if "sentinel.conf" not in files:
         return
-    files = {f"{o['metadata']['name'][:-11]}/{name}": text for o in of(objects, "ConfigMap") for name, text in o["data"].items()}
-    watchers, copies = (sets[name]["spec"].get("replicas", 1) for name in ("sse-sentinel", "sse-redis"))
-    quorum = int(re.findall(r"sentinel monitor sse sse-redis-0\.sse-redis\.\$domain 6379 (\d+)", files["sse-sentinel/sentinel.sh"])[0])
-    if watchers < 3 or watchers % 2 == 0 or quorum != watchers // 2 + 1:
-        yield f"Sentinels ({watchers}) must be three or another odd number, and decide by majority ({quorum})"
+    (o,) = (o for o in of(objects, "StatefulSet") if o["metadata"]["name"] == "sse-redis")
+    spec, pod, copies = o["spec"], o["spec"]["template"]["spec"], o["spec"].get("replicas", 1)
+    quorum = int(re.findall(r"sentinel monitor sse sse-redis-0\.sse-redis\.\$domain 6379 (\d+)", files["sentinel.sh"])[0])
+    if copies < 3 or copies % 2 == 0 or quorum != copies // 2 + 1:
+        yield f"{title(o)} must have three pods or another odd number ({copies}), which decide by majority ({quorum})"
+    if {c["name"] for c in pod["containers"]} != {"redis", "sentinel"}:
+        yield f"{title(o)} must have a Sentinel beside each Valkey"
     wait = int(next((e["value"] for _, c, _ in containers(objects) for e in c.get("env", []) if e["name"] == "SSE_PUBLISH_WAIT_REPLICAS"), 0))
-    if not 1 <= wait <= copies - 2:
-        yield f"a publish must be acknowledged by one replica, and one of {copies - 1} may be away: SSE_PUBLISH_WAIT_REPLICAS is {wait}"
-    for line in ("min-replicas-to-write 1", "replica-serve-stale-data no", "appendonly yes", "maxmemory-policy noeviction"):
-        if line not in files["sse-redis/valkey.conf"].splitlines():
-            yield f"valkey.conf must have: {line}"
-    for line in ("sentinel resolve-hostnames yes", "sentinel announce-hostnames yes"):
-        if line not in files["sse-sentinel/sentinel.conf"].splitlines():
-            yield f"sentinel.conf must have: {line}"
+    # With the master, a majority of the copies: whoever is cut off with fewer acknowledges nothing.
+    if wait + 1 != copies // 2 + 1:
+        yield f"a publish must be acknowledged by a majority of {copies}: SSE_PUBLISH_WAIT_REPLICAS is {wait}"
+    for name, line in (
+        ("valkey.conf", "min-replicas-to-write 1"), ("valkey.conf", "replica-serve-stale-data no"), ("valkey.conf", "appendonly yes"),
+        ("valkey.conf", "maxmemory-policy noeviction"), ("sentinel.conf", "sentinel resolve-hostnames yes"), ("sentinel.conf", "sentinel announce-hostnames yes"),
+    ):  # fmt: skip
+        if line not in files[name].splitlines():
+            yield f"{name} must have: {line}"
+    labels = spec["template"]["metadata"]["labels"]
+    required = pod.get("affinity", {}).get("podAntiAffinity", {}).get("requiredDuringSchedulingIgnoredDuringExecution", [])
+    if not any(t["topologyKey"] == "kubernetes.io/hostname" and selects(t["labelSelector"]["matchLabels"], labels) for t in required):
+        yield f"{title(o)} must never have two pods on one node"
+    if spec.get("podManagementPolicy") != "Parallel":
+        yield f"{title(o)}: its pods must not wait for each other"
+    if spec.get("serviceName") != "sse-redis" or not any(s["metadata"]["name"] == "sse-redis" and s["spec"].get("publishNotReadyAddresses") for s in of(objects, "Service")):
+        yield f"{title(o)}: its pods must have names, ready or not"
+    budgets = [b for b in of(objects, "PodDisruptionBudget") if selects(b["spec"]["selector"]["matchLabels"], labels)]
+    if len(budgets) != 1 or budgets[0]["spec"].get("maxUnavailable") != 1:
+        yield f"{title(o)} must have one PodDisruptionBudget, of one pod"
+    if not spec.get("volumeClaimTemplates"):
+        yield f"{title(o)} must keep what it knows"
     try:
         url = settings(objects).redis_url
     except SettingError:
         return  # the rule `starts` says so
     hosts = re.findall(r"[@,]([^@,/]+)", url.partition("://")[2].rpartition("/0?")[0])
-    if hosts != [f"sse-sentinel-{n}.sse-sentinel:26379" for n in range(watchers)]:
+    if hosts != [f"sse-redis-{n}.sse-redis:26379" for n in range(copies)]:
         yield f"SSE_REDIS_URL must name every Sentinel, names {hosts}"
-    for name in ("sse-sentinel", "sse-redis"):
-        spec = sets[name]["spec"]
-        labels = spec["template"]["metadata"]["labels"]
-        required = spec["template"]["spec"].get("affinity", {}).get("podAntiAffinity", {}).get("requiredDuringSchedulingIgnoredDuringExecution", [])
-        if not any(t["topologyKey"] == "kubernetes.io/hostname" and selects(t["labelSelector"]["matchLabels"], labels) for t in required):
-            yield f"StatefulSet/{name} must never have two pods on one node"
-        if spec.get("podManagementPolicy") != "Parallel":
-            yield f"StatefulSet/{name}: its pods must not wait for each other"
-        if spec.get("serviceName") != name or not any(o["metadata"]["name"] == name and o["spec"].get("publishNotReadyAddresses") for o in of(objects, "Service")):
-            yield f"StatefulSet/{name}: its pods must have names, ready or not"
-        budgets = [o for o in of(objects, "PodDisruptionBudget") if selects(o["spec"]["selector"]["matchLabels"], labels)]
-        if len(budgets) != 1 or budgets[0]["spec"].get("maxUnavailable") != 1:
-            yield f"StatefulSet/{name} must have one PodDisruptionBudget, of one pod"
-        if not spec.get("volumeClaimTemplates"):
-            yield f"StatefulSet/{name} must keep what it knows"
 
 
 @rule
@@ -562,9 +563,9 @@ def ways_are_open(objects: list[Object]) -> Iterator[str]:
         return False
 
     ways = [("Deployment/sse-nginx", "Deployment/sse-app", 8000), ("Deployment/sse-app", "StatefulSet/sse-redis", 6379)]
-    ways += [("Deployment/sse-app", "StatefulSet/sse-sentinel", 26379), ("StatefulSet/sse-sentinel", "StatefulSet/sse-sentinel", 26379)]
-    ways += [("StatefulSet/sse-sentinel", "StatefulSet/sse-redis", 6379)]
-    ways += [("StatefulSet/sse-redis", "StatefulSet/sse-redis", 6379)] if "StatefulSet/sse-sentinel" in labels else []
+    if any("sentinel.conf" in o["data"] for o in of(objects, "ConfigMap")):
+        ways += [(one, "StatefulSet/sse-redis", 26379) for one in ("Deployment/sse-app", "StatefulSet/sse-redis")]
+        ways += [("StatefulSet/sse-redis", "StatefulSet/sse-redis", 6379)]
     ways += [("Job/sse-loadtest-worker", "Job/sse-loadtest-master", 5557)]
     ways += [(f"Job/{one}", "Deployment/sse-nginx", 8080) for one in ("sse-loadtest-master", "sse-loadtest-worker")]
     for one, other, port in ways:

@@ -203,10 +203,6 @@ SLIPS: list[tuple[str, Callable[[Objects], Any]]] = [
 ]  # fmt: skip
 
 
-def sentinel(objects: Objects) -> Any:
-    return pick(objects, "StatefulSet", "sse-sentinel")["spec"]
-
-
 def copies(objects: Objects) -> Any:
     return pick(objects, "StatefulSet", "sse-redis")["spec"]
 
@@ -223,25 +219,26 @@ def replaced(prefix: str, name: str, old: str, new: str) -> Callable[[Objects], 
 # The same for the set with Sentinels.
 WITH_SENTINELS: tuple[str, ...] = ("redis-sentinel", "network-policy")
 SLIPS_OF_SENTINELS: list[tuple[str, Callable[[Objects], Any]]] = [
-    ("sentinels", lambda o: sentinel(o).update(replicas=2)),
-    ("sentinels", replaced("sse-sentinel", "sentinel.sh", "6379 2", "6379 1")),
     ("sentinels", lambda o: copies(o).update(replicas=2)),
+    ("sentinels", lambda o: copies(o).update(replicas=5)),
+    ("sentinels", lambda o: copies(o)["template"]["spec"]["containers"].pop()),
+    ("sentinels", replaced("sse-redis", "sentinel.sh", "6379 2", "6379 1")),
     ("sentinels", lambda o: one(o)["env"].remove(entry(o, "SSE_PUBLISH_WAIT_REPLICAS"))),
     ("sentinels", lambda o: entry(o, "SSE_PUBLISH_WAIT_REPLICAS").update(value="2")),
     ("sentinels", replaced("sse-redis", "valkey.conf", "\nmin-replicas-to-write 1", "")),
     ("sentinels", replaced("sse-redis", "valkey.conf", "replica-serve-stale-data no", "replica-serve-stale-data yes")),
-    ("sentinels", replaced("sse-sentinel", "sentinel.conf", "announce-hostnames yes", "announce-hostnames no")),
-    ("sentinels", lambda o: entry(o, "SSE_REDIS_URL").update(value=entry(o, "SSE_REDIS_URL")["value"].replace(",sse-sentinel-2.sse-sentinel:26379", ""))),
+    ("sentinels", replaced("sse-redis", "sentinel.conf", "announce-hostnames yes", "announce-hostnames no")),
+    ("sentinels", lambda o: entry(o, "SSE_REDIS_URL").update(value=entry(o, "SSE_REDIS_URL")["value"].replace(",sse-redis-2.sse-redis:26379", ""))),
     ("sentinels", lambda o: copies(o)["template"]["spec"].pop("affinity")),
-    ("sentinels", lambda o: sentinel(o).update(podManagementPolicy="OrderedReady")),
+    ("sentinels", lambda o: copies(o).update(podManagementPolicy="OrderedReady")),
     ("sentinels", lambda o: pick(o, "Service", "sse-redis")["spec"].pop("publishNotReadyAddresses")),
     ("sentinels", lambda o: copies(o).update(serviceName="redis")),
-    ("sentinels", without("PodDisruptionBudget", "sse-sentinel")),
-    ("sentinels", lambda o: sentinel(o).pop("volumeClaimTemplates")),
-    ("ways_are_open", without("NetworkPolicy", "sse-sentinel")),
+    ("sentinels", without("PodDisruptionBudget", "sse-redis")),
+    ("sentinels", lambda o: copies(o).pop("volumeClaimTemplates")),
     ("ways_are_open", lambda o: pick(o, "NetworkPolicy", "sse-redis")["spec"].pop("egress")),
     ("ways_are_open", lambda o: pick(o, "NetworkPolicy", "sse-redis")["spec"]["ingress"][0]["from"].pop()),
-    ("ways_are_open", lambda o: pick(o, "NetworkPolicy", "sse-app")["spec"]["egress"].pop()),
+    ("ways_are_open", lambda o: pick(o, "NetworkPolicy", "sse-redis")["spec"]["ingress"][0]["ports"].pop()),
+    ("ways_are_open", lambda o: pick(o, "NetworkPolicy", "sse-app")["spec"]["egress"][0]["ports"].pop()),
 ]  # fmt: skip
 
 

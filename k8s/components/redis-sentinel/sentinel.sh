@@ -1,4 +1,4 @@
-# Start one of the three Sentinels.
+# Start one of the three Sentinels, each in the pod of a Valkey.
 set -eu
 umask 077
 domain=$(awk '$1 == "search" { print $2; exit }' /etc/resolv.conf)
@@ -15,7 +15,7 @@ kept=$(grep -E "$known" "$own" 2>/dev/null || true)
 # Written anew at each start, so that a changed sentinel.conf counts.
 password=$(cat /sse/secret/sentinel-password)
 cat /sse/config/sentinel.conf - >"$own.new" <<END
-sentinel announce-ip $HOSTNAME.sse-sentinel.$domain
+sentinel announce-ip $HOSTNAME.sse-redis.$domain
 sentinel announce-port 26379
 sentinel sentinel-user sentinel
 sentinel sentinel-pass $password
