@@ -474,6 +474,8 @@ class Process:
     def __init__(self, world: "World", name: str) -> None:
         self.world = world
         self.name = name
+        # Half of the processes have streams that take events without their sink.
+        self.short_way = int(name[1:]) % 2 == 0
         self.alive = True
         self.log = ServerLog(world.server)
         self.window = Window(world.window_bytes)
@@ -693,6 +695,17 @@ class Wire:
             return False
         return True
 
+    def send(self, chunk: bytes) -> int:
+        """The short way, as `socket.send`: all or, where that has no room, nothing."""
+        if self.vanished:
+            raise BrokenPipeError
+        raw = chunk[chunk.index(b"\r\n") + 2 : -2]
+        if len(self.kernel) + len(raw) > self.room:
+            return 0
+        assert self.write(Piece(raw))
+        self.process.world.happened["writes by the short way"] += 1
+        return len(chunk)
+
     def close(self, piece: Piece | None) -> None:
         assert not self.ended
         self.ended = "closed"
@@ -884,6 +897,8 @@ class Client:
                 self.parser = Parser(last_event_id="" if asked == "earliest" else asked)
                 self.ledger.begin(asked)
                 self.wire = stream.sink = wire
+                if process.short_way:
+                    stream.send = wire.send
                 return True
 
             scope = {"extensions": {"sse.send": None}, "take_over": take_over}

@@ -61,7 +61,7 @@ HAPPENS = (
     *("client_gone", "slow_consumer", "max_age", "draining", "evicted"),
     *("reset epoch_changed", "reset history_lost", "reset log_replaced", "reset log_went_back"),
     *("reset trimmed", "reset unknown_position"),
-    *("written stream.position", "written stream.draining", "writes taken in part", "gaps announced"),
+    *("written stream.position", "written stream.draining", "writes taken in part", "writes by the short way", "gaps announced"),
 )
 CLIENTS = st.sets(st.integers(0, len(SUBSCRIPTIONS) - 1), min_size=1)
 ROOMS = st.sampled_from([10, 150, 1_000, 100_000])
