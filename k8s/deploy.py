@@ -205,8 +205,8 @@ def render(overlay: str, image: str = "") -> str:
         return Kubectl().ask("kustomize", str(folder))
     name, tag, digest = split_image(image)
     (ROOT / ".cache").mkdir(exist_ok=True)
-    # Within the tree: kustomize follows no absolute paths.
-    with tempfile.TemporaryDirectory(prefix="deploy-", dir=ROOT / ".cache") as scratch:
+    # Within the tree: kustomize follows no absolute paths, and `..` of a link leads elsewhere.
+    with tempfile.TemporaryDirectory(prefix="deploy-", dir=(ROOT / ".cache").resolve()) as scratch:
         override = {"name": "sse-kit/app", "newName": name} | ({"digest": digest} if digest else {"newTag": tag})
         around = {"resources": [os.path.relpath(folder, scratch)], "images": [override]}
         (Path(scratch) / "kustomization.yaml").write_text(json.dumps(around))

@@ -64,7 +64,8 @@ def _scratch() -> Path:
     # Within the tree: kustomize follows no absolute paths.
     folder = ROOT / ".cache"
     folder.mkdir(exist_ok=True)
-    return folder
+    # Itself, not a link to it: `..` leads from there to another tree.
+    return folder.resolve()
 
 
 def combinations() -> list[tuple[str, ...]]:
