@@ -586,7 +586,7 @@ class Hub:
 
     def _event_at(self, stream: Stream) -> float:
         """Return when *stream*, which is live, was last given an id: by itself or with its line."""
-        stream.event_at = max(stream.event_at, *[self._line(topic).event_at for topic in stream.topics])
+        stream.event_at = max([stream.event_at, *[self._line(topic).event_at for topic in stream.topics]])
         return stream.event_at
 
     def _set_deadline(self, stream: Stream) -> None:

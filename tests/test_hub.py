@@ -997,6 +997,15 @@ class TestHeartbeat:
         assert max(gaps) <= heartbeat + 1e-9
         assert min(gaps) >= heartbeat / 2
 
+    def test_stream_without_topics(self, bench):
+        """
+        A stream that no event of the log reaches, as the operator's, hears them too.
+        """
+        bench.open()
+        bench.wait(40)
+
+        assert bench.hub.counts.heartbeats >= 2
+
     def test_only_to_silent_streams(self, bench):
         """
         A stream that gets events gets no comments.
