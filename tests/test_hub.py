@@ -1004,7 +1004,8 @@ class TestHeartbeat:
         bench.open()
         bench.wait(40)
 
-        assert bench.hub.counts.heartbeats >= 2
+        # One of them renews its position at the same time.
+        assert bench.hub.counts.heartbeats + bench.hub.counts.positions >= 2
 
     def test_only_to_silent_streams(self, bench):
         """
