@@ -34,7 +34,7 @@ def page(result: Result) -> str:
     """Return the report of one run."""
     value = result.figures
     rows = [
-        _row(row["threshold"], _number(row["value"]), "holds" if row["holds"] else "broken", broken=not row["holds"])
+        _row(row["threshold"], _number(row["value"]), _kept(row), broken=not row["holds"])
         for row in result.thresholds
     ]
     charts = _charts(result)
@@ -97,6 +97,12 @@ def partial_page(conductor: "Conductor | None") -> str:
     return f"<!doctype html><meta charset=utf-8><meta http-equiv=refresh content=2><title>streams</title><p>{line}"
 
 
+def _kept(row: dict[str, Any]) -> str:
+    if row["value"] is None:
+        return "not measured"
+    return "holds" if row["holds"] else "broken"
+
+
 def _charts(result: Result) -> list[str]:
     points = thinned(result.timeline)
     if len(points) < 2:
@@ -106,17 +112,20 @@ def _charts(result: Result) -> list[str]:
     def series(name: str) -> list[tuple[float, float]]:
         return [(point["at"] - start, point[name]) for point in points if point[name] is not None]
 
-    reconnects = [(at, count) for at, count in series("reconnects") if count]
+    # No bars of nothing, but the whole run's width.
+    every = series("reconnects")
+    reconnects = [(at, count) for at, count in every if count or at == every[-1][0]]
     charts = [
         ("Streams over time", "streams", [("open", series("open"))], _line),
         ("Deliveries per second", "events", [("deliveries", series("deliveries"))], _line),
         ("Delivery latency over time", "ms", [(name, series(f"{name}_ms")) for name in ("p50", "p99", "max")], _line),
-        ("Reconnects per second", "reconnects", [("reconnects", reconnects or [(0, 0)])], _bars),
+        ("Reconnects per second", "reconnects", [("reconnects", reconnects)], _bars),
         ("Generator's lag", "ms", [("lag, at most", series("lag_ms"))], _line),
     ]
     if first := series("first_token_p99_ms"):
         charts.append(("Time to the first token of runs", "ms", [("p99", first)], _line))
-    found = [f"<h2>{title}</h2>{_chart(unit, lines, draw, 's')}" for title, unit, lines, draw in charts]
+    # A run of runs has no latency of deliveries.
+    found = [f"<h2>{title}</h2>{_chart(unit, lines, draw, 's')}" for title, unit, lines, draw in charts if lines[0][1]]
     curves = [
         (name, [(_nines(step), value) for step, value in result.histograms[name]])
         for name in ("delivery", "open", "resume", "first_token", "between_tokens")

@@ -167,6 +167,17 @@ class TestPage:
         for name in FIGURES:
             assert f"<td>{name}<" in text
 
+    def test_what_was_not_measured(self):
+        """It is not called kept, and has no empty chart."""
+        found = collected()
+        for point in found.timeline:
+            point.update(p50_ms=None, p99_ms=None, max_ms=None)
+        text = page(judged(found))
+
+        assert "<td>publish_delay_p99_ms &lt;= 1000<td>-<td>not measured" in text
+        assert "Delivery latency over time" in page(judged(collected()))
+        assert "Delivery latency over time" not in text
+
     def test_names_are_escaped(self):
         assert "<b>" not in page(judged(collected(), target="http://x/<b>"))
 
