@@ -441,6 +441,29 @@ class TestFlush:
 
         assert [["1", "2", "3"]] * 40 == [each.data for _, each in streams]
 
+    def test_one_that_comes_later(self, bench):
+        """
+        Who joins a topic that others have had events of gets the next ones.
+        """
+        _, first = bench.open("a")
+        bench.publish(("a",))
+        _, second = bench.open("a")
+        bench.publish(("a",))
+
+        assert [["1", "2"], ["2"]] == [first.data, second.data]
+
+    def test_one_that_comes_before_the_flush(self, bench):
+        """
+        Who begins when the window has the batch already, and nobody has had it, begins behind it.
+        """
+        _, first = bench.open("a")
+        entries = bench.read(("a",))
+        _, second = bench.open("a")
+        self.finish(bench, bench.hub.flush(entries))
+        bench.publish(("a",))
+
+        assert [["1", "2"], ["2"]] == [first.data, second.data]
+
     def test_short_way_of_an_ended_stream(self, bench):
         """
         What went with a stream is not called again: its descriptor may be another client's by then.
