@@ -53,12 +53,13 @@ class Audience:
 
     def checked(self) -> list[str]:
         """Wait until what is published now has had its time; return all that went wrong since the last call."""
-        self.errors, wrong = [], self.errors
-        self.cuts, cuts = [], self.cuts
         until = self.published
         deadline = time.monotonic() + 20
         while time.monotonic() < deadline and not all(seen and seen[-1] >= until for seen in self._seen):
             time.sleep(0.02)
+        # Now: a client that was cut has read on since, and has noted it.
+        self.errors, wrong = [], self.errors
+        self.cuts, cuts = [], self.cuts
         for number, seen in enumerate(self._seen):
             numbers = [n for n in list(seen) if n <= until]
             if missing := set(range(numbers[0] if numbers else 0, until + 1)) - set(numbers):
