@@ -124,6 +124,7 @@ class TestADrain:
         for times in (ends, [at - told for at, _ in warned]):
             tenths = Counter(int(at / (drain - lead) * 10) for at in times)
             assert max(tenths.values()) <= count / 2, tenths
+            assert max(times) > 0.8 * (drain - lead)
 
     def test_cuts_a_peer_that_reads_nothing(self, process: Process):
         """It costs the process two seconds, not its end."""
