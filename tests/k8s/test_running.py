@@ -220,6 +220,8 @@ class TestTheYamlIsWhatRuns:
             cluster = stage.cluster
             cluster.apply(changed(edit, few))
             cluster.wait(workload)
+            if workload == APP:
+                cluster.gone()  # else streams of those before may not be with the edited one yet
             stage.audience.checked()
             cluster.news_seconds = news_seconds
             cluster.apply(changed(few))
