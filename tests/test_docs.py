@@ -4,6 +4,8 @@ import re
 import sys
 from pathlib import Path
 
+import pytest
+
 from app.problem import Problem
 from app.settings import Settings, rules, variable
 from app.stream import REASONS
@@ -30,12 +32,28 @@ def settings_table() -> str:
     return "\n".join(rows)
 
 
-class TestReadme:
-    def test_settings(self):
-        """The table is made from the settings. `python tests/test_docs.py` writes it anew."""
-        table = README.split("<!-- settings", 1)[1].split("-->\n", 1)[1].split("\n<!-- end", 1)[0]
+def measured_table() -> str:
+    """Return the table of limits of the benchmark's kept run."""
+    return (ROOT / "loadtest/bench/results/table.md").read_text().split("\n\n")[2].strip()
 
-        assert settings_table() == table
+
+# What stands between two comments, by the first word of the first one.
+TABLES = {"settings": settings_table, "measured": measured_table}
+
+
+def kept(name: str, text: str) -> tuple[str, str, str]:
+    """Return what stands before, in and behind the table *name*."""
+    before, rest = text.split(f"<!-- {name}", 1)
+    comment, rest = rest.split("-->\n", 1)
+    table, after = rest.split(f"<!-- end of {name}", 1)
+    return f"{before}<!-- {name}{comment}-->\n", table.strip("\n"), f"<!-- end of {name}{after}"
+
+
+class TestReadme:
+    @pytest.mark.parametrize("name", TABLES)
+    def test_tables(self, name: str):
+        """Tables are made, not written: `python -m tests.test_docs` writes them anew."""
+        assert TABLES[name]() == kept(name, README)[1]
 
     def test_problem_types(self):
         """Every problem type of the code is explained, and no other."""
@@ -76,8 +94,9 @@ class TestReadme:
 
 
 if __name__ == "__main__":
-    before, rest = README.split("<!-- settings", 1)
-    comment, rest = rest.split("-->\n", 1)
-    after = rest.split("<!-- end", 1)[1]
-    sys.stdout.write(settings_table() + "\n")
-    (ROOT / "README.md").write_text(f"{before}<!-- settings{comment}-->\n{settings_table()}\n<!-- end{after}")
+    text = README
+    for name, table in TABLES.items():
+        before, _, after = kept(name, text)
+        text = f"{before}{table()}\n{after}"
+    (ROOT / "README.md").write_text(text)
+    sys.stdout.write("README.md has its tables anew.\n")
