@@ -46,7 +46,7 @@ def jwks(*keys: dict[str, Any]) -> str:
     return json.dumps({"keys": list(keys) or [jwk(algorithm) for algorithm in ALGORITHMS]})
 
 
-def claims(sub: object = "alice", *, seconds: float = 600, **more: Any) -> dict[str, Any]:
+def claims(sub: object = "alice", *, seconds: float = 86_400, **more: Any) -> dict[str, Any]:
     """Return claims; *subscribe*, *publish* and *admin* go into `sse`, others stand for themselves."""
     rights = {name: more.pop(name) for name in ("subscribe", "publish", "admin") if name in more}
     return {"sub": sub, "exp": int(time.time() + seconds), **({"sse": rights} if rights else {}), **more}

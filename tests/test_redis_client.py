@@ -111,8 +111,15 @@ class TestFailover:
                     return bool(await log.publish(batch("after", "key")))
                 return False
 
+            async def opened_again() -> bool:
+                with contextlib.suppress(LogUnavailable):
+                    await log.open()
+                    return True
+                return False
+
             await becomes(published, "a publish after the failover", 60)
-            await log.open()
+            # For a moment the Sentinel knows of no master that is well.
+            await becomes(opened_again, "the new master", 60)
             state = await log.state(Position(0, 0))
             entries = await log.read(state.epoch or "", Position(0, 0), 10, 0)
 

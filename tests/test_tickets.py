@@ -27,7 +27,9 @@ async def make(request):
                 made.append(MemoryTickets(use_seconds, max_seconds))
             return made[0]
         url = request.getfixturevalue("module_redis_server").url
-        made.append(RedisTickets(url, prefix=prefix, use_seconds=use_seconds, max_seconds=max_seconds))
+        # Patient: what is asked again after others had their turn is another turn.
+        lasting = {"use_seconds": use_seconds, "max_seconds": max_seconds}
+        made.append(RedisTickets(url, prefix=prefix, timeout_seconds=30, **lasting))
         return made[-1]
 
     yield store

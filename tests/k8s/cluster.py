@@ -302,7 +302,7 @@ class Cluster:
             mine, wanted = self.of(workload), fingerprint(o, self)
             return len(mine) == o["spec"].get("replicas", 1) and all(p.version == wanted and p.available(o) for p in mine)
 
-    def wait(self, *workloads: str, seconds: float = 40) -> None:
+    def wait(self, *workloads: str, seconds: float = 120) -> None:
         """Wait until all are settled. Raises TimeoutError with what the pods wrote."""
         deadline = time.monotonic() + seconds
         while not all(self.settled(w) for w in workloads):
@@ -312,7 +312,7 @@ class Cluster:
                 raise TimeoutError("\n".join(f"{p.name} ready={p.ready} restarts={p.restarts}: {p.log()[-600:]}" for w in workloads for p in self.of(w)))
             time.sleep(0.02)
 
-    def gone(self, seconds: float = 60) -> None:
+    def gone(self, seconds: float = 120) -> None:
         """Wait until every pod that was deleted has ended."""
         deadline = time.monotonic() + seconds
         while any(p.deleting for p in self.pods):

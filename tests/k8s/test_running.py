@@ -28,7 +28,7 @@ APP, NGINX, REDIS = "sse-app", "sse-nginx", "sse-redis"
 SECRETS = {REDIS: {"password": "of-this-test", "users.acl": acl("of-this-test")}}
 
 # What must not be lost is looked at again and again; all of it is one story.
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(480)
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +86,7 @@ class TestNothingIsLost:
 
         def story() -> list[str]:
             cluster.apply(overlay("local"), ROOT)
-            cluster.wait(APP, NGINX, REDIS, seconds=90)
+            cluster.wait(APP, NGINX, REDIS, seconds=200)
             cluster.gone()
             return stage.audience.checked()
 
