@@ -623,7 +623,7 @@ class TestFirstToken:
         """
         first = self.asked(b"".join(RECIPE) + DONE, late=0.3)
 
-        assert 300 <= first.median < 5_000
+        assert 290 <= first.median < 5_000  # of two clocks
         assert [] == first.faults
 
     @pytest.mark.parametrize(
