@@ -116,9 +116,9 @@ class _Line:
         """Take note that a stream came, went, or is live no more."""
         self._even = None
 
-    def still(self, even: "_Even") -> bool:
-        """Tell whether nothing has changed since *even* was returned."""
-        return self._even is even
+    def sends(self, streams: Sequence[Stream]) -> list[Callable[[bytes], int]] | None:
+        """Return the `send` of each of *streams*, if `even` returned them and nothing has changed since."""
+        return self._even[1] if self._even is not None and self._even[0] is streams else None
 
 
 _Even = tuple[list[Stream], list[Callable[[bytes], int]]]
@@ -163,7 +163,7 @@ class Hub:
         self._position: tuple[int, str, Piece] | None = None
         # The flush under way: streams of an even line, how many of them have had
         # their piece, and where they stand since. Their own cursors lag.
-        self._served: tuple[list[Stream], int, int] | None = None
+        self._served: tuple[Sequence[Stream], int, int] | None = None
         self._served_of: object = None
         self._served_set: set[Stream] = set()
 
@@ -250,15 +250,14 @@ class Hub:
         for part in self._plan(entries):
             if part is not None:
                 piece, events, streams, line = part
-                even = None
                 if line is not None:
                     line.sent += packed(events, piece.size)
-                    even = line.even(end)
                 at = 0
                 while at < len(streams):
-                    if even is not None and line is not None and line.still(even):
+                    # Looked at again each time: other work may have had its turn.
+                    if line is not None and (sends := line.sends(streams)) is not None:
                         line.event_at = now
-                        at = self._fan_out_even(piece, events, *even, at, end)
+                        at = self._fan_out_even(piece, events, streams, sends, at, end)
                     else:
                         self._fan_out(piece, events, streams[at : at + _STRIDE], line is not None, end)
                         at += _STRIDE
@@ -310,7 +309,7 @@ class Hub:
         self.counts.bytes += count * piece.size
 
     def _fan_out_even(
-        self, piece: Piece, events: int, streams: list[Stream], sends: list[Callable[[bytes], int]], at: int, end: int
+        self, piece: Piece, events: int, streams: Sequence[Stream], sends: list[Callable[[bytes], int]], at: int, end: int
     ) -> int:
         """
         Write *piece* to some of *streams* from index *at* on; return the index of the next.
