@@ -133,6 +133,8 @@ export class Stream {
   #channel = null; // to the other tabs
   #leader = false;
   #resign;
+  #shown; // the token or ticket of the last request
+  #refused; // the one that last got a 401
   #queue = null; // for `for await`
   #wake = () => {};
 
@@ -217,13 +219,16 @@ export class Stream {
     return new URL(this.#url.pathname.replace(/(events|runs\b.*)$/, path), this.#url);
   }
 
-  async #token(renew) {
-    const { token } = this.#options;
-    return typeof token === "function" ? token({ renew }) : token;
+  /** The token, or the ticket, as the options say it. */
+  async #shows(kind, renew) {
+    let it = this.#options[kind];
+    if (typeof it === "function") it = await it({ renew });
+    this.#shown = it ?? this.#shown;
+    return it;
   }
 
   async #fetch(url, { renew = false, headers, ...more } = {}) {
-    const token = await this.#token(renew);
+    const token = await this.#shows("token", renew);
     return fetch(url, {
       cache: "no-store",
       credentials: this.#options.credentials ?? "same-origin",
@@ -235,9 +240,8 @@ export class Stream {
   /** An EventSource, which reconnects by itself until it gives up. */
   async #listenTo(link, renew) {
     const url = this.#address();
-    let { ticket, token } = this.#options;
-    if (typeof ticket === "function") ticket = await ticket({ renew });
-    if (!ticket && token) {
+    let ticket = await this.#shows("ticket", renew);
+    if (!ticket && this.#options.token) {
       const answer = await this.#fetch(this.#beside("tickets"), { method: "POST", renew });
       if (!answer.ok) return refusal(answer);
       ({ ticket } = await answer.json());
@@ -355,11 +359,14 @@ export class Stream {
       this.#next = null;
       if (this.#link) return; // on its way already
       if (status === 204) return this.close();
-      const renewable = status === 401 && this.#failures < 2 && [this.#options.token, this.#options.ticket].some((it) => typeof it === "function");
+      // Asked for another, it may have one: at once, and not the same again.
+      const renewable = status === 401 && this.#failures < 2 && this.#shown !== this.#refused;
+      if (status === 401) this.#refused = this.#shown;
       if (status >= 400 && status < 500 && !renewable && !LATER.includes(status)) return this.#end(new StreamError(problem));
       this.#set("connecting");
     }
-    const wait = Math.max(LEAST_WAIT, this.#retry, Math.min(MOST_WAIT, this.#retry * 2 ** this.#failures++), after);
+    const wait = status === 401 ? LEAST_WAIT : Math.max(LEAST_WAIT, this.#retry, Math.min(MOST_WAIT, this.#retry * 2 ** this.#failures), after);
+    this.#failures++;
     this.#timer = setTimeout(() => this.#open(status === 401), wait * (1 + Math.random() / 2));
   }
 

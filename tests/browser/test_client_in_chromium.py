@@ -571,9 +571,9 @@ class TestTokens:
         gate.target = ("127.0.0.1", guarded.nginx.port)
         asked = []
 
-        def give(seconds=6):
-            asked.append(seconds)
-            return token("alice", seconds=seconds, subscribe=["*"], publish=["*"])
+        def give(how):
+            asked.append(how)
+            return token("alice", seconds=6, subscribe=["*"], publish=["*"])
 
         page = context.new_page()
         page.goto(gate.url + "/healthz")
@@ -591,7 +591,7 @@ class TestTokens:
               window.states = [];
               window.refused = null;
               window.stream = connect("/events", {
-                topics: [topic], mode, token: () => giveToken(),
+                topics: [topic], mode, token: (how) => giveToken(how),
                 onstate: (state) => states.push(state), onerror: (error) => (refused = error.problem),
               });
               stream.on("*", (data, { event, text, id }) => got.push({ event, text, id }));
@@ -648,10 +648,25 @@ class TestTokens:
         """
         A token that stays bad ends the stream, with the server's own words.
         """
-        visitor.page.evaluate("void (window.giveToken = () => 'not a token')")
+        visitor.page.evaluate("void (window.giveToken = () => (window.asked = (window.asked ?? 0) + 1) && 'not a token')")
         self.start(visitor, topic, "fetch")
 
         visitor.wait("stream.state === 'closed'")
 
         assert 401 == visitor.page.evaluate("refused.status")
         assert visitor.page.evaluate("refused.cure")
+        # Asked for another one, it gave the same: there is nothing to wait for.
+        assert 2 == visitor.page.evaluate("asked")
+
+    @BOTH
+    def test_token_after_a_refusal(self, guarded, visitor, topic, mode):
+        """
+        Where a token is refused, the next one opens the stream.
+        """
+        visitor.page.evaluate("""void (window.giveToken = ((good) => async (asked) => {
+            const token = await good(asked);
+            return asked.renew ? token : token.slice(0, -4) + "AAAA";
+        })(window.giveToken))""")
+        self.start(visitor, topic, mode)
+
+        visitor.wait_open()
