@@ -9,7 +9,8 @@ https://platform.openai.com/docs/api-reference/chat/streaming
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import suppress
 from typing import Any
 
 import httpx2
@@ -24,6 +25,10 @@ _FIELDS = frozenset({"kind", "prompt", "messages", "model", "max_tokens", "tempe
 # Longest refusal of an upstream that is read.
 _REFUSAL_BYTES = 4_096
 _EVENT_BYTES = 1_048_576
+# The last event's data. After it only the end of the body may come.
+_DONE = "[DONE]"
+# Longest wait for that end, which mostly comes in the same packet.
+_END_SECONDS = 0.1
 # The offline generator's pace: that of a model which one can read along with.
 _WORD_SECONDS = 0.03
 
@@ -63,10 +68,9 @@ class Chat:
         answer = _Answer(request["model"])
         try:
             async for text in self._stream(request):
-                if text == "[DONE]":
+                if text == _DONE:
                     answer.done = True
-                    break
-                if token := answer.take(text):
+                elif token := answer.take(text):
                     await teller.token(token)
         except TimeoutError:
             raise RunFailure(
@@ -112,6 +116,9 @@ class Chat:
                     return
                 for event in parser.feed(chunk):
                     yield event.data
+                    if event.data == _DONE:
+                        await _read_end(chunks)
+                        return
         finally:
             # Also when the run was cancelled: the upstream hears it at once.
             await response.aclose()
@@ -223,6 +230,13 @@ async def _offline(request: dict[str, Any], teller: Teller) -> dict[str, Any]:
         await teller.token(f" {word}" if number else word)
         await asyncio.sleep(_WORD_SECONDS)
     return {"finish": "stop", "tokens": len(words), "model": "offline generator"}
+
+
+async def _read_end(chunks: AsyncIterator[bytes]) -> None:
+    """Read the end of a whole answer: else its connection could not serve the next run."""
+    with suppress(TimeoutError, httpx2.TransportError):
+        async with asyncio.timeout(_END_SECONDS):
+            await anext(chunks, None)
 
 
 async def _refused(response: httpx2.Response, silence: float) -> RunFailure:

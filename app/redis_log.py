@@ -265,8 +265,9 @@ class RedisLog:
         command: list[str | int] = ["XREAD", "COUNT", count]
         if block_seconds > 0:
             # Shorter than the socket's timeout, so that an unanswered read is a dead
-            # Redis. An idle one wakes waiting clients only ten times a second.
-            block = min(block_seconds, self._timeout / 2 - 0.1)
+            # Redis. An idle one wakes waiting clients only ten times a second. As
+            # shipped it reaches to the next check, so that no second one is asked.
+            block = min(block_seconds, max(self._timeout / 2 - 0.1, self._timeout - 1))
             command += ["BLOCK", max(1, int(block * 1000))]
         control = self._control or ORIGIN
         command += ["STREAMS", self.log_key, self.control_key, _text(after), _text(control)]

@@ -73,7 +73,7 @@ for _, process in ipairs(dead) do
     redis.call('ZREM', KEYS[1], process)
   end
 end
-return found
+return {redis.call('EXISTS', KEYS[1]), found}
 """
 )
 
@@ -112,15 +112,15 @@ class RedisRegister:
     async def renew(self) -> bool:
         return bool(await self._told(self._renew(keys=[self._makers_key], args=[self._process, self._live_ms])))
 
-    async def orphans(self) -> list[Record]:
-        found = await self._told(
+    async def orphans(self) -> tuple[list[Record], bool]:
+        makers, found = await self._told(
             self._orphans(
                 keys=[self._makers_key, self._runs_prefix + self._process],
                 args=[self._process, self._live_ms, self._runs_prefix],
             )
         )
         records = [await self.get(_text(id)) for id in found]
-        return [record for record in records if record is not None]
+        return [record for record in records if record is not None], bool(makers)
 
     async def close(self) -> None:
         await redis_client.close(self._client)

@@ -13,7 +13,8 @@ from typing import Protocol
 
 # A maker that has not renewed for so long is taken for dead.
 LIVE_SECONDS = 3.0
-# How often a maker renews, and every process looks for dead ones.
+# How often a maker renews, and every process looks for dead ones. While nobody
+# makes a run, every LIVE_SECONDS: who begins meanwhile cannot be dead before.
 LOOK_SECONDS = 0.75
 
 
@@ -52,8 +53,13 @@ class Register(Protocol):
     async def renew(self) -> bool:
         """Stay alive; False if this process was taken for dead, and has lost its runs."""
 
-    async def orphans(self) -> list[Record]:
-        """Take over and return the runs of dead processes, and those taken over before."""
+    async def orphans(self) -> tuple[list[Record], bool]:
+        """
+        Take over and return the runs of dead processes.
+
+        Returns:
+            The runs, and whether any process makes runs now.
+        """
 
     async def close(self) -> None:
         """Let go of all connections."""
@@ -85,8 +91,8 @@ class MemoryRegister:
     async def renew(self) -> bool:
         return True
 
-    async def orphans(self) -> list[Record]:
-        return []
+    async def orphans(self) -> tuple[list[Record], bool]:
+        return [], False
 
     async def close(self) -> None:
         pass

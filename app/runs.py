@@ -13,6 +13,7 @@ import asyncio
 import json
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Any
 
 import structlog
@@ -171,6 +172,7 @@ class Runs:
         self._making: dict[str, _Making] = {}
         self._orphans: dict[str, Record] = {}
         self._renewed_at = 0.0
+        self._begun = asyncio.Event()  # a run, since the last look
 
     def __len__(self) -> int:
         return len(self._making)
@@ -186,6 +188,7 @@ class Runs:
         if known is not None:
             return known
         self._renewed_at = time.monotonic()
+        self._begun.set()
         making = self._making[record.id] = _Making(record, work)
         self._tally.runs_started += 1
         self._tally.runs_open = len(self._making)
@@ -200,15 +203,22 @@ class Runs:
     async def look(self) -> None:
         """Stay alive, and end the runs of processes that are not; for ever."""
         while True:
+            self._begun.clear()
+            makers = True
             try:
                 if self._making and await self.register.renew():
                     self._renewed_at = time.monotonic()
-                for record in await self.register.orphans():
+                orphans, makers = await self.register.orphans()
+                for record in orphans:
                     self._orphans[record.id] = record
                 for record in list(self._orphans.values()):
                     await self._declare_lost(record)
             except LogUnavailable:
                 pass  # the reader says so; runs of this process wait in `_publish`
+            if not makers:
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(LIVE_SECONDS - LOOK_SECONDS):
+                        await self._begun.wait()
             await asyncio.sleep(LOOK_SECONDS)
 
     async def finish(self, seconds: float) -> None:

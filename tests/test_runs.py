@@ -19,7 +19,11 @@ from pathlib import Path
 import pytest
 
 from app import client
+from app.memory_log import MemoryLog
+from app.metrics import Tally
 from app.parser import Parser
+from app.register import MemoryRegister, Record
+from app.runs import Runs
 from app.stack import App, reserve_port
 from tests.live import (
     DEADLINE,
@@ -210,6 +214,39 @@ class TestChat:
             await reader.until_ended()
 
         assert "first second" == reader.text
+
+    async def test_runs_share_the_connection_to_the_model(self, apps):
+        """
+        The next run's first token waits for no handshake: the answer was read to its end.
+        """
+
+        async def keep(exchange: Exchange) -> bool:
+            piece = token("first") + finish() + DONE
+            exchange.writer.write(
+                b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+                b"%x\r\n%b\r\n" % (len(piece), piece)
+            )
+            await exchange.writer.drain()
+            await asyncio.sleep(0.02)
+            exchange.writer.write(b"0\r\n\r\n")
+            return True
+
+        async with apps.model(keep) as model:
+            for _ in range(3):
+                async with started(apps.a) as reader:
+                    await reader.until_ended()
+                    assert "run.done" == reader.last[0]
+            assert (3, 0) == (len(model.requests), model.gone)
+
+    async def test_a_model_that_does_not_end_holds_up_no_run(self, apps):
+        """
+        After `[DONE]` the answer is whole, whatever its connection does.
+        """
+        upstream = apps.model(stream(token("all"), finish(), DONE, then="hold"))
+        async with upstream as model, started(apps.a) as reader:
+            await reader.until_ended()
+            assert ("all", "run.done") == (reader.text, reader.last[0])
+            await asyncio.wait_for(model.left.wait(), DEADLINE)
 
     @BOTH
     async def test_another_process_has_all_of_it(self, apps, path):
@@ -478,6 +515,78 @@ class TestProcesses:
 
         after = await becomes(lambda: _more(apps.a, before), "one run more")
         assert 0 == after["sse_runs_open"]
+
+
+class CountedRegister(MemoryRegister):
+    """Counts what it is asked; `makers`: what it says of the other processes."""
+
+    def __init__(self):
+        super().__init__()
+        self.looks = self.renewals = 0
+        self.makers = False
+
+    async def orphans(self):
+        self.looks += 1
+        return [], self.makers
+
+    async def renew(self):
+        self.renewals += 1
+        return True
+
+
+async def until(condition):
+    """Return when *condition* holds, in this process."""
+
+    async def met():
+        return condition()
+
+    await becomes(met)
+
+
+class TestLook:
+    @pytest.fixture
+    async def runs(self, monkeypatch):
+        """A process's runs, of which nobody makes any yet; looks are scaled down."""
+        monkeypatch.setattr("app.runs.LOOK_SECONDS", 0.01)
+        monkeypatch.setattr("app.runs.LIVE_SECONDS", 600)
+        log = MemoryLog(history_seconds=10, max_events=10)
+        made = Runs(log, CountedRegister(), "p", Tally(), most=9, max_seconds=60, keep_seconds=60, max_event_bytes=9_999)
+        task = asyncio.create_task(made.look())
+        await until(lambda: made.register.looks)
+        yield made
+        task.cancel()
+        await made.close()
+
+    async def test_seldom_while_nobody_makes_a_run(self, runs):
+        """
+        A register without makers is not asked again at once: nobody can be dead yet.
+        """
+        await asyncio.sleep(0.2)
+
+        assert (1, 0) == (runs.register.looks, runs.register.renewals)
+
+    async def test_at_once_when_a_run_begins(self, runs):
+        """
+        Who begins a run stays alive from then on, however long nobody had looked.
+        """
+        working = asyncio.Event()
+
+        async def work(teller):
+            await working.wait()
+            return {}
+
+        await runs.start(Record("r", "task", None, "p", "f"), work)
+
+        await until(lambda: runs.register.renewals)
+
+    async def test_often_while_others_make_runs(self, runs):
+        """
+        While anybody makes runs, all look for dead ones.
+        """
+        runs.register.makers = True
+        runs._begun.set()
+
+        await until(lambda: runs.register.looks > 5)
 
 
 async def _more(app, before):
