@@ -61,6 +61,8 @@ def sizes(streams: int, way: str, workers: int, nofile: int, ports: int) -> dict
         "worker_processes": workers,
         "worker_connections": each,
         "worker_rlimit_nofile": each + OTHER_FILES,
+        # What is left over is for publishers, health checks and uneven workers.
+        "all streams": workers * each * 2 // 5,
         "zone": max(10, up(streams * HEADROOM * ZONE_ENTRY_BYTES / 1_048_576, 1)),
         "application processes": processes,
         "SSE_MAX_STREAMS": up(streams * HEADROOM / processes, 100),
@@ -99,7 +101,10 @@ worker_processes {found["worker_processes"]};
 worker_rlimit_nofile {found["worker_rlimit_nofile"]};
 events {{ worker_connections {found["worker_connections"]}; }}
 
-# snippets/sse-limits.http.conf, both limit_conn_zone
+# snippets/sse-limits.conf
+limit_conn sse_streams_of_nginx {found["all streams"]};
+
+# snippets/sse-limits.http.conf, limit_conn_zone of the user and of the address
 zone=...:{found["zone"]}m
 
 # the application: 28,000 streams per process are the ports' limit, 15,000 SSE_MAX_STREAMS' default

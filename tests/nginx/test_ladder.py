@@ -72,6 +72,8 @@ def values() -> dict[str, list[float]]:
         "app_idle": [keep_alive()],
         "user_limit": [float(each.limit_streams_per_user) for each in settings],
         "nginx_limit": [*map(float, nginx("limit_conn sse_streams_of_user"))],
+        "all_streams": [*map(float, nginx("limit_conn sse_streams_of_nginx"))],
+        "connections": [float(nginx("worker_processes")[0]) * float(nginx("worker_connections")[0])],
         "body_size": [int(number) * sizes[unit] for number, unit in bodies],
     }
     return found | cluster()
@@ -163,6 +165,10 @@ RULES: dict[str, tuple[Callable[[Ladder], bool], dict[str, float]]] = {
     "the application makes room for a new stream before nginx refuses it": (
         every(lambda user, proxy: user < proxy, "user_limit", "nginx_limit"),
         {"user_limit": 20},
+    ),
+    "streams leave connections for the API": (
+        every(lambda streams, connections: 2.5 * streams <= connections, "all_streams", "connections"),
+        {"all_streams": 16_384},
     ),
     "an nginx pod outlives its streams": (
         every(lambda shutdown, stop, grace: stop + shutdown < grace, "shutdown", "nginx_stop", "nginx_grace"),

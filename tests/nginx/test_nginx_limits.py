@@ -1,6 +1,7 @@
 """Limits per user and per address, and what the refused are told."""
 
 import json
+from contextlib import AsyncExitStack
 from typing import ClassVar
 
 import pytest
@@ -66,6 +67,42 @@ class TestStreams:
 
         assert [200] * 4 + [429] * 2 == [answer.status for answer in mine]
         assert 200 == other.status
+
+    @pytest.mark.parametrize("total", [20, 9999], ids=["limited", "unlimited"])
+    async def test_of_all(self, nginx, toys, way_name, total):
+        """
+        All streams together leave connections for publishers, also those of the exempt.
+
+        Without the limit they take all, and a publish is cut: the proof beside it.
+        """
+        (toy,) = await toys()
+        # One worker of 64: a stream takes two, nginx itself a few.
+        directives = limits() | {
+            "limit_conn sse_streams_of_nginx": str(total),
+            "worker_processes": "1",
+            "worker_connections": "64",
+        }
+        front = nginx([toy.server], way=way_name, files={"exempt.conf": "127.0.0.0/8 1;\n"}, directives=directives)
+
+        async def asked(path: str, method: str = "GET") -> int:
+            """Return the status; 0 where the connection was cut."""
+            try:
+                client = await opened.enter_async_context(way(way_name, front.port))
+                return (await client.ask(path, method=method, body=b"{}" if method == "POST" else b"")).status
+            except (OSError, EOFError, AssertionError, StopIteration):
+                return 0
+
+        async with AsyncExitStack() as opened:
+            streams = [await asked(f"/events?user={number}") for number in range(40)]
+            publish = await asked("/publish", "POST")
+
+        if total == 20:
+            assert [200] * 20 + [429] * 20 == streams
+            assert 200 == publish
+        else:
+            assert streams.count(200) > 20
+            assert 429 not in streams
+            assert publish in (0, 500)
 
     async def test_an_ipv6_household(self, nginx, toys):
         """All addresses of a /64 are one; and an IPv4 address written as IPv6 is its own."""

@@ -29,6 +29,8 @@ class TestSize:
         files = number("worker_rlimit_nofile", run.stdout)
 
         assert workers * connections >= 2.5 * streams
+        # All of them pass, and the rest of the connections is left to the API.
+        assert streams <= number("limit_conn sse_streams_of_nginx", run.stdout) <= workers * connections / 2.5
         assert connections < files <= nofile
 
     def test_ports(self):
