@@ -219,14 +219,17 @@ class Conductor:
         if over("lag_p99_ms", step["lag_p99_ms"]) and not cause:
             return f"limit {at}: the generator gave way first, lag p99 {step['lag_p99_ms']:g} ms; use more processes"
         because = f"; {cause}" if cause else ""
-        for name, what in (
-            ("lost", "events lost"),
-            ("gave_up", "streams refused"),
-            ("soft_failed", "opens told to come back later"),
-            ("broken", "connects failed"),
-        ):
-            if step[name]:
-                return f"limit {at}: {step[name]:,} {what}{because}"
+        if step["lost"]:
+            return f"limit {at}: {step['lost']:,} events lost{because}"
+        # Where connections have run out, few refusals stand beside many that failed.
+        refusals = {
+            "gave_up": f"streams refused{self._most('refused')}",
+            "soft_failed": "opens told to come back later",
+            "broken": f"connects failed{self._most('broken')}",
+        }
+        worst = max(refusals, key=lambda name: step[name])
+        if step[worst]:
+            return f"limit {at}: {step[worst]:,} {refusals[worst]}{because}"
         if over("delivery_p99_ms", step["delivery_p99_ms"]):
             return f"limit {at}: delivery p99 {step['delivery_p99_ms']:g} ms{because or '; no part was at its limit'}"
         if over("opened_percent", 100 * step["open"] / max(1, step["streams"])):
@@ -234,6 +237,11 @@ class Conductor:
         if over("lag_p99_ms", step["lag_p99_ms"]):
             return f"limit {at}: the machine, lag p99 of the generator {step['lag_p99_ms']:g} ms{because}"
         return ""
+
+    def _most(self, kind: str) -> str:
+        """Return the commonest status or error of the run's failures of this *kind*, in parentheses."""
+        found = {name: count for name, count in self.collected.tally.items() if name.startswith(f"{kind}:")}
+        return f" ({max(found, key=found.__getitem__).partition(':')[2]})" if found else ""
 
     def _act(self, elapsed: float) -> None:
         if self._stage + 1 != len(self.scenario.stages):

@@ -4,6 +4,7 @@ Whole runs of the load test, from the command line, against a server that faults
 
 import contextlib
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -99,9 +100,9 @@ class Run:
             self.lines.append(line.rstrip("\n"))
 
     def until(self, text: str, seconds: float = 60) -> None:
-        """Wait for a line of progress."""
+        """Wait for a line of progress that has *text*, a regular expression."""
         deadline = time.monotonic() + seconds
-        while not any(text in line for line in self.lines):
+        while not any(re.search(text, line) for line in self.lines):
             assert time.monotonic() < deadline, self.output
             assert self.process.poll() is None, self.output
             time.sleep(0.05)

@@ -121,7 +121,7 @@ class TestMeanwhile:
         """Ctrl-C keeps the results so far, and is no success."""
         truth = server()
         run = Run(tmp_path, truth.url, PATIENT, seconds=60)
-        run.until("hold")
+        run.until("hold.*deliveries [1-9]")
 
         run.process.send_signal(signal.SIGINT)
 
@@ -276,6 +276,34 @@ for here, missing in ((2, 0), (2, 1), (1, 0), (3, 0)):
     conductor.tick()
     assert conductor.stopped == conductor.void
     print(f"{(here, missing)}: {conductor.void!r}", flush=True)
+"""
+
+
+class TestLimit:
+    def test_what_failed_most(self):
+        """A stack that cuts most connects and refuses two is said to cut them, and how."""
+        script = subprocess.run(
+            [sys.executable, "-c", _LIMIT], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+        )
+
+        assert [
+            "limit at 100 streams: 2,560 connects failed (ECONNRESET)",
+            "limit at 100 streams: 9 streams refused (500)",
+            "limit at 100 streams: 1 events lost",
+        ] == script.stdout.splitlines(), script.stderr
+
+
+_LIMIT = """
+from types import SimpleNamespace
+from loadtest.__main__ import parser
+from loadtest.conductor import Conductor
+
+conductor = Conductor(SimpleNamespace(runner=None, host="http://x"), parser().parse_args([]))
+conductor.watch = None
+conductor.collected.tally.update({"refused:500": 8, "refused:503": 1, "broken:ECONNRESET": 2560, "broken:EPIPE": 3})
+none = dict.fromkeys(("lost", "gave_up", "soft_failed", "broken", "generator_errors", "lag_p99_ms", "delivery_p99_ms"), 0)
+for failures in ({"gave_up": 2, "broken": 2560}, {"gave_up": 9}, {"lost": 1, "broken": 5}):
+    print(conductor._gave_way(none | failures | {"streams": 100, "open": 90}))
 """
 
 
