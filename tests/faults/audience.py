@@ -51,6 +51,9 @@ class Account:
     def reset(self) -> None:
         self.resets += 1
         self.next = None
+        # It was told, also of what went before: a trim between two checks of the
+        # log is noticed up to a second after the first event behind the gap.
+        self.lost -= len(self.missing)
         self.missing.clear()
 
     def take(self, n: int) -> None:
@@ -91,6 +94,7 @@ class Audience:
         self.foreign = 0
         for account in self.accounts:
             account.at = self.began
+            account.missing.clear()
             account.events = account.lost = account.duplicate = account.disorder = account.resets = 0
 
     def take(self, account: Account, data: str) -> None:

@@ -73,8 +73,8 @@ def complaints(row: Row) -> list[str]:
     """Return which promises *row* breaks; empty when all were kept."""
     each = FAULTS[row.fault]
     broken = []
-    if not each.announced and row.lost:
-        broken.append(f"{row.lost} events lost")
+    if row.lost:
+        broken.append(f"{row.lost} events lost that no stream.reset told of")
     if row.duplicate:
         broken.append(f"{row.duplicate} events twice")
     if row.disorder:
