@@ -97,7 +97,8 @@ class Chat:
     async def _stream(self, request: dict[str, Any]) -> AsyncGenerator[str]:
         """Yield the data of each event of the upstream's answer."""
         if self._client is None:
-            self._client = httpx2.AsyncClient(timeout=None)
+            # SSE_MAX_RUNS bounds them.
+            self._client = httpx2.AsyncClient(timeout=None, limits=httpx2.Limits(max_keepalive_connections=20))
         built = self._client.build_request("POST", self._url, json={**request, "stream": True}, headers=self._headers)
         async with asyncio.timeout(self._silence):
             response = await self._client.send(built, stream=True)

@@ -79,8 +79,16 @@ class Teller:
             await self._room.wait()
 
     async def progress(self, percent: float | None, stage: str, **facts: Any) -> None:
-        """Tell how far the work is, 0 to 100 or None for unknown, and what is being done."""
-        self._progress = {"percent": None if percent is None else round(percent, 1), "stage": stage, **facts}
+        """
+        Tell how far the work is, 0 to 100 or None for unknown, and what is being done.
+
+        Raises:
+            TypeError, ValueError: the facts are no JSON.
+        """
+        told = {"percent": None if percent is None else round(percent, 1), "stage": stage, **facts}
+        # Here, where its maker sees what was wrong.
+        json.dumps(told, allow_nan=False)
+        self._progress = told
         self._told.set()
         await asyncio.sleep(0)
 
@@ -279,6 +287,9 @@ class Runs:
         except Exception as error:
             how = "internal"
             self._logger.error("run_broken", run=record.id, exc_info=error)
+            # Never silence: its readers wait for an end.
+            with suppress(_Lost):
+                await self._end(record, "run.failed", _fault().fields)
         finally:
             writer.cancel()
             making.task.cancel()
@@ -289,9 +300,11 @@ class Runs:
 
     async def _within(self, making: _Making) -> dict[str, Any]:
         try:
-            async with asyncio.timeout(self._max_seconds):
+            async with asyncio.timeout(self._max_seconds) as limit:
                 return await making.work(making.teller)
         except TimeoutError:
+            if not limit.expired():
+                raise  # one of the work's own
             raise RunFailure(
                 "too_long",
                 "run",
@@ -306,15 +319,14 @@ class Runs:
         if making.task.cancelled() or making.stopped is not None:
             failure = making.stopped or RunFailure("cancelled", "run", "was cancelled", None, "Start another one.")
             return "run.failed", failure.fields
-        error = making.task.exception()
-        if isinstance(error, RunFailure):
+        try:
+            result = making.task.result()
+            size = len(json.dumps(result, allow_nan=False))  # raises where it is no JSON
+        except RunFailure as error:
             return "run.failed", error.fields
-        if error is not None:
+        except Exception as error:
             self._logger.error("run_failed", run=making.record.id, exc_info=error)
-            failure = RunFailure("internal", "run", "met a fault of its maker", None, "It is logged with the run's id.")
-            return "run.failed", failure.fields
-        result = making.task.result()
-        size = len(json.dumps(result))
+            return "run.failed", _fault().fields
         if size > self._max_event_bytes:
             return "run.failed", RunFailure(
                 "too_large",
@@ -384,3 +396,7 @@ class Runs:
         await self.register.end(record, id, self._keep_seconds)
         self._orphans.pop(record.id, None)
         self._logger.warning("run_lost", run=record.id, kind=record.kind, maker=record.process)
+
+
+def _fault() -> RunFailure:
+    return RunFailure("internal", "run", "met a fault of its maker", None, "It is logged with the run's id.")

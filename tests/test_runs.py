@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -517,6 +517,10 @@ class TestProcesses:
         assert 0 == after["sse_runs_open"]
 
 
+async def _all(requests, count):
+    return len(requests) == count
+
+
 class CountedRegister(MemoryRegister):
     """Counts what it is asked; `makers`: what it says of the other processes."""
 
@@ -711,6 +715,38 @@ class TestTask:
         finally:
             app.close()
 
+    async def test_mistakes_of_your_own(self, apps, tmp_path):
+        """
+        Whatever a task tells that no event can carry, its readers hear of its end, behind what it told before.
+        """
+        (tmp_path / "mistakes.py").write_text(
+            "from app.task import task\n"
+            "async def result(teller): return {'ids': {1, 2}}\n"
+            "async def number(teller): return {'mean': float('nan')}\n"
+            "async def progress(teller): await teller.progress(50, 'half', ids={1, 2})\n"
+            "async def text(teller): await teller.token(b'bytes')\n"
+            "async def timeout(teller): raise TimeoutError\n"
+            "@task('mistake')\n"
+            "async def mistake(arguments, teller):\n"
+            "    await teller.token('told before')\n"
+            "    return await globals()[arguments['of']](teller)\n"
+        )
+        root = str(Path(__file__).parent.parent)
+        app = App("mine", tmp_path, SCALED | {"PYTHONPATH": f"{root}:{tmp_path}", "SSE_TASK_MODULES": "mistakes"})
+        ends = {}
+        try:
+            app.start()
+            app.wait_ready()
+            for of in ("result", "number", "progress", "text", "timeout"):
+                async with started(app, {"kind": "task", "task": "mistake", "arguments": {"of": of}}) as reader:
+                    await reader.until_ended()
+                ends[of] = (reader.last[0], reader.last[1]["reason"], reader.text)
+        finally:
+            app.close()
+
+        assert {("run.failed", "internal")} == {end[:2] for end in ends.values()}
+        # Text that is none spoils what was to be written with it.
+        assert {"told before"} == {text for of, (_, _, text) in ends.items() if of != "text"}
 
     def test_module_that_is_missing(self, tmp_path):
         """
@@ -766,6 +802,18 @@ class TestBadRequest:
         where = path if method == "DELETE" else f"{path}/events"
 
         assert 404 == (await ask(apps.a.port, method, where)).status
+
+    async def test_as_many_as_it_says(self, apps):
+        """
+        All of SSE_MAX_RUNS runs are asked of the model at once: none waits for another one's connection.
+        """
+        count = 110
+        app = apps.app(max_runs=count)
+        async with apps.model(stream(token("a"), then="hold")) as model, AsyncExitStack() as readers:
+            for _ in range(count):
+                await readers.enter_async_context(started(app))
+            await becomes(lambda: _all(model.requests, count), "all are asked")
+        app.kill()
 
     async def test_too_many(self, apps):
         """
