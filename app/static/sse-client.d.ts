@@ -13,9 +13,9 @@ export interface KitEvents {
   /** History was lost: fetch your state again. */
   "stream.reset": { reason: string };
   "stream.draining": { seconds: number };
-  "stream.evicted": unknown;
-  "stream.expiring": unknown;
-  "stream.expired": unknown;
+  "stream.evicted": { reason: string };
+  "stream.expiring": { stream: string; seconds: number };
+  "stream.expired": { stream: string };
   "run.token": { text: string };
   "run.progress": { percent: number | null; stage: string };
   "run.done": unknown;
@@ -52,20 +52,25 @@ export interface Message<Data = unknown, Name extends string = string> {
 }
 
 type Known<Events> = Events & Omit<KitEvents, keyof Events>;
-/** One of the events, told apart by `event`. */
+/** What `for await` gives: one of the events, but none of the kit's `stream.*`, told apart by `event`. */
 export type AnyMessage<Events> = {
-  [Name in keyof Known<Events> & string]: Message<Known<Events>[Name], Name>;
-}[keyof Known<Events> & string];
+  [Name in Exclude<keyof Known<Events> & string, `stream.${string}`>]: Message<Known<Events>[Name], Name>;
+}[Exclude<keyof Known<Events> & string, `stream.${string}`>];
 export type Handler<Data, Name extends string = string> = (data: Data, message: Message<Data, Name>) => void;
 
 export type State = "new" | "connecting" | "open" | "paused" | "closed";
 
-/** Asked before each connection; `renew` is true when the last one was refused or is about to expire. */
-export type Supplier = string | ((asked: { renew: boolean }) => string | Promise<string>);
+/**
+ * Asked before each connection, and waited for; `renew` is true when the last one was refused or is
+ * about to expire. One that throws is asked again later, as after a connection that failed.
+ */
+export type Supplier =
+  | string
+  | ((asked: { renew: boolean }) => string | undefined | Promise<string | undefined>);
 
 export interface Options<Events = {}> {
   /** Added to the address as `topic=`. */
-  topics?: Iterable<string>;
+  topics?: string | Iterable<string>;
   /** A bearer token: sent by fetch, or with `mode: "eventsource"` exchanged for a ticket. */
   token?: Supplier;
   /** A ticket of `POST /tickets`, for EventSource, which cannot send headers. */
@@ -77,13 +82,16 @@ export interface Options<Events = {}> {
   mode?: "eventsource" | "fetch";
   /**
    * One stream for all tabs that share: `true` means those with the same address, a text those
-   * with the same text. Needs a secure context; elsewhere each tab has a stream of its own.
+   * with the same text. Needs a secure context; elsewhere each tab has a stream of its own. A tab
+   * that comes with a position of its own reads by itself what it missed, and shares from there.
+   * Runs are not shared.
    * (!) Where tabs of one browser may be different users, give each user a text of their own.
    */
   share?: boolean | string;
   /** Where to begin: an id that was read before, or `earliest` for all that is kept. */
   lastEventId?: string;
   on?: { [Name in keyof Known<Events> & string]?: Handler<Known<Events>[Name], Name> };
+  /** What any handler throws is reported as uncaught, and harms neither the stream nor the others. */
   onstate?: (state: State, stream: Stream<Events>) => void;
   /** The stream was refused for good. */
   onerror?: (error: StreamError) => void;
@@ -103,9 +111,15 @@ export declare class Stream<Events = {}> implements AsyncIterable<AnyMessage<Eve
   on<Name extends keyof Known<Events> & string>(name: Name, handler: Handler<Known<Events>[Name], Name>): () => void;
   /** End the stream; the server learns it at once. */
   close(): void;
-  /** End a run on the server too. */
+  /**
+   * End a run on the server too; one whose POST is on its way, as soon as it is known by name.
+   * Rejects where the server does not do it.
+   */
   cancel(): Promise<void>;
-  /** All events but the kit's `stream.*`. Leaving the loop closes the stream; `run.failed` throws. */
+  /**
+   * All events but the kit's `stream.*`. Leaving the loop closes the stream. Behind `run.failed`,
+   * and where the server refuses for good, it throws a StreamError.
+   */
   [Symbol.asyncIterator](): AsyncIterator<AnyMessage<Events>>;
 }
 

@@ -1,35 +1,32 @@
 /*
- * Streams and runs of the kit, for browsers. An ES module without dependencies.
- *
- *   const stream = connect("/events", { topics: ["orders"], share: true });
- *   stream.on("created", (order) => show(order));
- *   for await (const { event, data } of run("/runs", { kind: "chat", prompt })) …
+ * Streams and runs of the kit, for browsers. No dependencies. What each export
+ * does, with an example: sse-client.d.ts.
  *
  * EventSource where that is enough; fetch where headers must be sent, where all
- * names of events are wanted, and for runs. Types: sse-client.d.ts.
+ * names of events are wanted, and for runs.
  */
 
 // Until the server says otherwise (`retry:`, `stream.open`), in milliseconds.
 const RETRY = 1_000;
 const SILENCE = 45_000;
-// Between attempts. Less would call a server that ends each stream at once in a tight loop.
+// Between attempts: no tight loop where a server ends each stream at once.
 const LEAST_WAIT = 50;
 const MOST_WAIT = 30_000;
-// Ids remembered for removing duplicates, when one connection follows another.
+// Whatever a server asks: a timer of 25 days fires at once.
+const LONGEST_WAIT = 86_400_000;
+// Ids, for removing duplicates.
 const REMEMBERED = 1_000;
-// What EventSource must be told to listen to.
-const NAMES = [
-  "message", "run.token", "run.progress", "run.done", "run.failed",
-  ..."open position reset draining evicted expiring expired".split(" ").map((name) => `stream.${name}`),
-];
-const LATER = [408, 425, 429];
+// For EventSource, which hears no others.
+const NAMES = `message run.token run.progress run.done run.failed stream.open stream.position stream.reset
+  stream.draining stream.evicted stream.expiring stream.expired`.split(/\s+/);
 
-const unique = () => Math.random().toString(36).slice(2) + Date.now().toString(36);
+const unique = () => `${Math.random()}${Date.now()}`;
+const isStream = (answer) => answer.headers.get("Content-Type")?.startsWith("text/event-stream");
 
-/** Bytes in, events out, cut anywhere; to the letter of the WHATWG text. */
+// To the letter of the WHATWG text.
 export class Parser {
   lastEventId;
-  retry; // milliseconds, once the server sent some
+  retry;
   #decoder = new TextDecoder(); // drops one byte order mark
   #id;
   #line = "";
@@ -73,12 +70,11 @@ export class Parser {
   }
 }
 
-/** One event. `data` is its text read as JSON, or the text itself where it is none. */
 class Message {
   #data;
 
-  constructor({ event, text, id }) {
-    Object.assign(this, { event, text, id });
+  constructor(sent) {
+    Object.assign(this, sent);
   }
 
   get data() {
@@ -93,35 +89,29 @@ class Message {
   }
 }
 
-/** Why a stream closed for good, or a run failed: a problem document's words. */
 export class StreamError extends Error {
   constructor(problem) {
-    super(problem.detail ?? problem.title ?? "the stream failed");
+    super(problem.detail ?? problem.title);
     this.name = "StreamError";
     this.problem = problem;
   }
 }
 
-/** Follow topics. Reconnects and resumes until `close`. */
 export const connect = (url, options) => new Stream(url, options);
-
-/** Start a run and follow it to its end: `for await (const { event, data } of run(…))`. */
 export const run = (url, body, options) => new Stream(url, { ...options, body });
-
-/** Follow a run that was started before; `lastEventId: "earliest"` reads it from its beginning. */
 export const follow = (url, options) => new Stream(url, { ...options, body: null });
 
 export class Stream {
-  state = "new"; // connecting, open, paused, closed
+  state = "new";
   lastEventId;
-  opened = null; // what `stream.open` told: stream, process, topics, heartbeat_seconds
-  error = null; // a StreamError, if that closed it
+  opened = null; // what `stream.open` told
+  error = null;
   #url;
   #options;
   #native;
   #run; // it has an end
   #key = unique(); // of a run's POST, so that repeating it starts no second one
-  #handlers = new Map();
+  #handlers = new Set();
   #names = new Set(NAMES);
   #link = null; // the connection
   #next = null; // the one that takes over
@@ -132,48 +122,52 @@ export class Stream {
   #timer;
   #channel = null; // to the other tabs
   #leader = false;
+  #held = null; // what the leader told while this tab reads by itself
   #resign;
   #shown; // the token or ticket of the last request
   #refused; // the one that last got a 401
-  #queue = null; // for `for await`
+  #queue; // for `for await`
   #wake = () => {};
+  #moved; // told of a new state
 
   constructor(url, options = {}) {
     this.#options = options;
     this.#url = new URL(url, globalThis.location?.href);
-    for (const topic of options.topics ?? []) this.#url.searchParams.append("topic", topic);
+    const { body, mode, token, headers, ticket, share, topics = [] } = options;
+    for (const topic of typeof topics === "string" ? [topics] : topics) this.#url.searchParams.append("topic", topic);
     this.lastEventId = options.lastEventId ?? "";
-    this.#run = options.body !== undefined;
-    if (this.#run) this.#queue = [];
-    const { mode, token, headers, ticket, share } = options;
+    this.#run = body !== undefined;
+    this.#queue = this.#run ? [] : null;
     this.#native = mode ? mode === "eventsource" : !!ticket || !(token || headers || share || this.#run);
-    this.#native &&= "EventSource" in globalThis;
+    this.#native &&= "EventSource" in globalThis && !body;
     for (const [name, handler] of Object.entries(options.on ?? {})) this.on(name, handler);
-    // A page in the back-forward cache holds no stream, and no lock.
+    // A page that is frozen or in the cache holds no stream and no lock.
     this.#listen("addEventListener");
     this.#begin();
   }
 
-  /** Call `handler(data, message)` for each event of this name; "*" for all. Returns what undoes it. */
   on(name, handler) {
-    if (!this.#handlers.has(name)) this.#handlers.set(name, new Set());
-    this.#handlers.get(name).add(handler);
-    if (name !== "*") this.#learn([name]);
-    this.#channel?.postMessage({ names: [...this.#names] });
-    return () => this.#handlers.get(name).delete(handler);
+    const entry = [name, handler];
+    this.#handlers.add(entry);
+    this.#learn([name]);
+    this.#greet();
+    return () => this.#handlers.delete(entry);
   }
 
-  /** End it for good. */
   close() {
     this.#end(null);
   }
 
-  /** Stop a run on the server, too. */
   async cancel() {
-    // Before `stream.open` came, nobody knows its name.
-    const url = this.#run && (this.#options.body === null || this.opened) ? this.#url : null;
+    const { body } = this.#options;
+    // The server may have started it, and `stream.open` tells its name.
+    if (body && !this.opened && this.state !== "closed") await new Promise((resolve) => (this.#moved = resolve));
     this.close();
-    if (url) await this.#fetch(new URL(url.pathname.replace(/\/events$/, ""), url), { method: "DELETE" });
+    if (!this.#run || (body && !this.opened)) return;
+    const { pathname, search } = this.#url;
+    const url = new URL(pathname.replace(/\/events$/, "") + search, this.#url);
+    const answer = await this.#fetch(url, { method: "DELETE" });
+    if (!answer.ok) throw new StreamError((await refusal(answer)).problem);
   }
 
   async *[Symbol.asyncIterator]() {
@@ -193,19 +187,21 @@ export class Stream {
   // --- Connections
 
   #begin() {
-    this.#set("connecting");
-    if (this.#options.share && globalThis.navigator?.locks && globalThis.BroadcastChannel) this.#share();
+    const { locks } = globalThis.navigator ?? {};
+    if (this.#options.share && !this.#run && locks && globalThis.BroadcastChannel) this.#share(locks);
     else this.#open();
+    // Last: who is told may close it.
+    this.#set("connecting");
   }
 
-  /** Connect; beside a connection that still lives, as its successor. */
+  // Beside a connection that still lives, as its successor.
   #open(renew = false) {
     clearTimeout(this.#timer);
     const link = { from: unique(), shut: false, close() {}, learn() {} };
     if (this.#link) this.#next = link;
     else this.#link = link;
     const connect = this.#native ? this.#listenTo(link, renew) : this.#read(link, renew);
-    connect.then((end) => end && this.#over(link, end), (error) => this.#over(link, { why: String(error) }));
+    connect.then((end) => end && this.#over(link, end), () => this.#over(link, {}));
   }
 
   #address() {
@@ -214,12 +210,11 @@ export class Stream {
     return url;
   }
 
-  /** The kit's other addresses, also below a prefix. */
+  // Also below a prefix.
   #beside(path) {
-    return new URL(this.#url.pathname.replace(/(events|runs\b.*)$/, path), this.#url);
+    return new URL(this.#url.pathname.replace(/((operator|runs\/[^/]+)\/)?(events|runs)$/, path), this.#url);
   }
 
-  /** The token, or the ticket, as the options say it. */
   async #shows(kind, renew) {
     let it = this.#options[kind];
     if (typeof it === "function") it = await it({ renew });
@@ -227,17 +222,18 @@ export class Stream {
     return it;
   }
 
-  async #fetch(url, { renew = false, headers, ...more } = {}) {
+  async #fetch(url, { renew = false, headers, signal = () => AbortSignal.timeout(this.#silence), ...more } = {}) {
     const token = await this.#shows("token", renew);
     return fetch(url, {
       cache: "no-store",
-      credentials: this.#options.credentials ?? "same-origin",
+      credentials: this.#options.credentials,
       headers: { ...this.#options.headers, ...(token && { Authorization: `Bearer ${token}` }), ...headers },
+      signal: signal(), // only now: a token may take its time
       ...more,
     });
   }
 
-  /** An EventSource, which reconnects by itself until it gives up. */
+  // An EventSource reconnects by itself, until it gives up.
   async #listenTo(link, renew) {
     const url = this.#address();
     let ticket = await this.#shows("ticket", renew);
@@ -249,65 +245,58 @@ export class Stream {
     if (ticket) url.searchParams.set("ticket", ticket);
     if (link.shut) return;
     const source = new EventSource(url, { withCredentials: this.#options.credentials === "include" });
-    const known = new Set();
-    link.close = () => source.close();
-    link.learn = (names) => {
-      for (const name of names) {
-        if (known.has(name)) continue;
-        known.add(name);
-        source.addEventListener(name, (event) => {
-          // The browser's own `open` and `error` look like events of these names.
-          if (!(event instanceof MessageEvent)) return;
-          this.#got(link, { event: event.type, text: event.data, id: event.lastEventId });
-        });
-      }
+    const hear = (event) => {
+      // The browser's own `open` and `error` are none.
+      if (!(event instanceof MessageEvent)) return;
+      this.#got(link, { event: event.type, text: event.data, id: event.lastEventId });
     };
+    link.close = () => source.close();
+    // The same listener twice is one.
+    link.learn = (names) => names.forEach((name) => source.addEventListener(name, hear));
     link.learn(this.#names);
     return new Promise((end) => {
       source.addEventListener("error", async (event) => {
         if (event instanceof MessageEvent || link.shut) return;
-        if (source.readyState !== EventSource.CLOSED && !(this.#next && link === this.#link)) {
+        if (source.readyState < EventSource.CLOSED && !(this.#next && link === this.#link)) {
           if (link === this.#link) this.#set("connecting");
           return;
         }
-        // The browser hides why it gave up. HEAD takes none of the user's streams.
+        // The browser hides why. HEAD takes none of the user's streams.
         source.close();
         const ask = (method) => this.#fetch(url, { method, headers: { Accept: "application/problem+json" } });
         try {
           let answer = await ask("HEAD");
           if (answer.status >= 400) answer = await ask("GET");
-          if (answer.status === 200) answer.body?.cancel();
-          end(answer.status === 200 ? {} : await refusal(answer));
-        } catch {
-          end({});
-        }
+          if (!isStream(answer)) return end(await refusal(answer));
+          answer.body?.cancel();
+        } catch {}
+        end({});
       });
     });
   }
 
-  /** A request of our own; returns how it ended. */
   async #read(link, renew) {
     const abort = new AbortController();
     let watch;
     const alive = () => {
       clearTimeout(watch);
       if (!link.shut) watch = setTimeout(() => abort.abort(), this.#silence);
+      return abort.signal;
     };
     link.close = () => {
       clearTimeout(watch);
       abort.abort();
     };
-    alive();
     const start = this.#options.body && !this.opened;
     const headers = { Accept: "text/event-stream, application/problem+json" };
     if (start) Object.assign(headers, { "Content-Type": "application/json", "Idempotency-Key": this.#key });
     const answer = await this.#fetch(this.#address(), {
       renew,
       headers,
-      signal: abort.signal,
+      signal: alive,
       ...(start && { method: "POST", body: JSON.stringify(this.#options.body) }),
     });
-    if (!answer.headers.get("Content-Type")?.startsWith("text/event-stream")) return refusal(answer);
+    if (!isStream(answer)) return refusal(answer);
     const parser = new Parser(this.lastEventId);
     const reader = answer.body.getReader();
     for (;;) {
@@ -322,19 +311,19 @@ export class Stream {
   #got(link, message) {
     if (link.shut) return;
     if (link === this.#next && message.event === "stream.open") {
-      // Only now: until then the old one brings what is published.
+      // Until now the old one brought what was published.
       this.#shut(this.#link);
       this.#link = link;
       this.#next = null;
     }
-    this.#channel?.postMessage({ message, from: link.from });
     this.#take(message, link.from);
+    this.#join();
     if (link !== this.#link || this.#next) return;
     if (message.event === "stream.draining") this.#open();
     if (message.event === "stream.expiring") this.#renew();
   }
 
-  /** A new token for the open stream; where that cannot be, a new stream with one. */
+  // A new token for the open stream, or else a new stream with one.
   async #renew() {
     if (this.#options.token && this.opened) {
       const url = this.#beside(`streams/${encodeURIComponent(this.opened.stream)}/token`);
@@ -350,7 +339,7 @@ export class Stream {
     link.close();
   }
 
-  #over(link, { status = 0, problem, after = 0, why }) {
+  #over(link, { status = 0, problem, after = 0 }) {
     if (link.shut) return;
     this.#shut(link);
     if (link === this.#next) this.#next = null;
@@ -362,30 +351,36 @@ export class Stream {
       // Asked for another, it may have one: at once, and not the same again.
       const renewable = status === 401 && this.#failures < 2 && this.#shown !== this.#refused;
       if (status === 401) this.#refused = this.#shown;
-      if (status >= 400 && status < 500 && !renewable && !LATER.includes(status)) return this.#end(new StreamError(problem));
-      this.#set("connecting");
+      // 200 and no stream: a wrong address, or later on a network's login page.
+      if (status < 300 ? status && !this.opened : status < 500 && !renewable && ![408, 425, 429].includes(status)) {
+        return this.#end(new StreamError(problem));
+      }
     }
-    const wait = status === 401 ? LEAST_WAIT : Math.max(LEAST_WAIT, this.#retry, Math.min(MOST_WAIT, this.#retry * 2 ** this.#failures), after);
+    const least = Math.max(LEAST_WAIT, this.#retry, after);
+    const wait = status === 401 ? LEAST_WAIT : Math.max(least, Math.min(MOST_WAIT, least * 2 ** this.#failures));
     this.#failures++;
-    this.#timer = setTimeout(() => this.#open(status === 401), wait * (1 + Math.random() / 2));
+    clearTimeout(this.#timer);
+    this.#timer = setTimeout(() => this.#open(status === 401), Math.min(wait, LONGEST_WAIT) * (1 + Math.random() / 2));
+    if (!this.#link) this.#set("connecting");
   }
 
   // --- Events
 
   #take(message, from) {
     const { event, id } = message;
-    if (id) this.lastEventId = id;
-    if (event.startsWith("stream.")) {
-      if (event === "stream.open") this.#isOpen(JSON.parse(message.text));
-    } else if (id) {
+    const own = event.startsWith("stream.");
+    if (id && !own) {
       // An id of the same connection is no duplicate: events may go without an own one.
       if ((this.#seen.get(id) ?? from) !== from) return;
       this.#seen.set(id, from);
       if (this.#seen.size > REMEMBERED && !this.#next) this.#seen.delete(this.#seen.keys().next().value);
     }
+    if (id) this.lastEventId = id;
+    if (this.#leader) this.#channel.postMessage({ message, from });
+    if (event === "stream.open") this.#isOpen(JSON.parse(message.text));
     const told = new Message(message);
-    for (const name of [event, "*"]) for (const handler of this.#handlers.get(name) ?? []) handler(told.data, told);
-    if (event.startsWith("stream.")) return;
+    for (const [name, handler] of this.#handlers) if (name === event || name === "*") tell(handler, told.data, told);
+    if (own) return;
     this.#queue?.push(told);
     this.#wake();
     if (this.#run && event === "run.done") this.close();
@@ -394,8 +389,7 @@ export class Stream {
 
   #isOpen(opened) {
     if (this.#options.body && !this.opened) {
-      const id = opened.topics[0].slice("run:".length);
-      this.#url = new URL(`${this.#url.pathname}/${encodeURIComponent(id)}/events`, this.#url);
+      this.#url.pathname += `/${encodeURIComponent(opened.topics[0].slice("run:".length))}/events`;
     }
     this.opened = opened;
     this.#failures = 0;
@@ -410,10 +404,11 @@ export class Stream {
   }
 
   #set(state) {
-    if (this.state === state) return;
+    if (this.state === state || this.state === "closed") return;
     this.state = state;
-    this.#options.onstate?.(state, this);
+    tell(this.#options.onstate, state, this);
     if (this.#leader) this.#welcome();
+    this.#moved?.();
   }
 
   #end(error) {
@@ -422,16 +417,17 @@ export class Stream {
     this.#listen("removeEventListener");
     this.error = error;
     this.#set("closed");
-    if (error) this.#options.onerror?.(error);
+    if (error) tell(this.#options.onerror, error);
     this.#wake();
   }
 
-  // --- One stream for all tabs: who holds the lock reads, the others are told
+  // --- One stream for all tabs: who holds the lock reads, and tells the others
 
-  #share() {
+  #share(locks) {
     const name = `sse ${this.#options.share === true ? this.#url : this.#options.share}`;
     const channel = (this.#channel = new BroadcastChannel(name));
     const leaving = new AbortController();
+    let joined = false;
     this.#resign = () => leaving.abort();
     channel.onmessage = ({ data: { message, from, names, welcome } }) => {
       if (names) {
@@ -439,20 +435,48 @@ export class Stream {
         if (this.#leader) this.#welcome();
       }
       if (this.#leader) return;
-      if (message) this.#take(message, from);
+      if (welcome && !joined) {
+        joined = true;
+        if (this.lastEventId && this.lastEventId !== welcome.lastEventId) {
+          // As after the cache: it reads by itself what the others had meanwhile.
+          this.#held = [];
+          return this.#open();
+        }
+      }
+      if (this.#held) {
+        if (message && this.#held.push({ message, from }) > REMEMBERED) this.#held.shift();
+        return this.#join();
+      }
+      if (message && joined) this.#take(message, from);
       if (welcome) {
         this.lastEventId ||= welcome.lastEventId;
         this.opened = welcome.opened;
         this.#set(welcome.state);
       }
     };
-    channel.postMessage({ names: [...this.#names] });
-    navigator.locks.request(name, { signal: leaving.signal }, () => new Promise((resolve) => {
+    this.#greet();
+    locks.request(name, { signal: leaving.signal }, () => new Promise((resolve) => {
       if (leaving.signal.aborted) return resolve();
       this.#resign = resolve;
       this.#leader = true;
-      this.#open();
+      this.#held = null;
+      this.#welcome();
+      if (!this.#link) this.#open();
     })).catch(() => {}); // it left before its turn came
+  }
+
+  // Once both have read the same event, the leader's are enough.
+  #join() {
+    const held = this.#held;
+    if (!held?.some(({ message }) => this.#seen.has(message.id))) return;
+    this.#held = null;
+    this.#unlink();
+    for (const { message, from } of held) this.#take(message, from);
+    this.#greet();
+  }
+
+  #greet() {
+    this.#channel?.postMessage({ names: [...this.#names] });
   }
 
   #welcome() {
@@ -463,34 +487,49 @@ export class Stream {
   // --- The page
 
   #listen(change) {
-    for (const name of ["pagehide", "pageshow", "online"]) globalThis[change]?.(name, this.#page);
+    for (const name of ["pagehide", "pageshow", "freeze", "resume", "online"]) globalThis[change]?.(name, this.#page, true);
   }
 
-  #page = ({ type, persisted }) => {
-    if (type === "pagehide") {
+  #page = ({ type }) => {
+    if (type === "pagehide" || type === "freeze") {
       this.#drop();
       this.#set("paused");
-    } else if (type === "pageshow" && persisted) this.#begin();
+    } else if (this.state === "paused") this.#begin();
     // Do not sit out a long wait.
-    else if (type === "online" && this.state === "connecting" && !this.#link && (this.#leader || !this.#channel)) this.#open();
+    else if (this.state === "connecting" && !this.#link && (this.#leader || this.#held || !this.#channel)) this.#open();
   };
 
-  #drop() {
+  #unlink() {
     clearTimeout(this.#timer);
     this.#shut(this.#link);
     this.#shut(this.#next);
     this.#link = this.#next = null;
+  }
+
+  #drop() {
+    this.#unlink();
     this.#leader = false;
+    this.#held = null;
     this.#resign?.();
     this.#channel?.close();
     this.#channel = null;
   }
 }
 
-/** What an answer that is no stream says. */
 async function refusal(answer) {
-  const { status, headers } = answer;
-  const problem = { status, title: `${status} ${answer.statusText}`.trim() };
+  const { ok, status, statusText, headers } = answer;
+  const problem = { status, title: ok ? "the answer is no event stream" : `${status} ${statusText}`.trim() };
   if (headers.get("Content-Type")?.includes("json")) Object.assign(problem, await answer.json().catch(() => null));
   return { status, problem, after: 1_000 * (Number(headers.get("Retry-After")) || 0) };
+}
+
+// A handler that throws harms neither the stream nor others; the page hears of it.
+function tell(handler, ...said) {
+  try {
+    handler?.(...said);
+  } catch (error) {
+    queueMicrotask(() => {
+      throw error;
+    });
+  }
 }

@@ -462,6 +462,30 @@ class TestBackForwardCache:
         one.wait("window.persisted === true")
         one.wait_texts("missed")
 
+    def test_page_comes_back_to_other_tabs(self, site, gate, publish, tab, topic):
+        """
+        Another tab took over meanwhile: what it was told is not lost here, and soon there is one stream again.
+        """
+        becomes(lambda: streams_on(site) == 0, "the end of other tests' streams")
+        one, other = (tab().start(topic, share=True) for _ in range(2))
+        for each in (one, other):
+            each.wait("stream.state === 'open'")
+        publish(site.url, {"topics": [topic], "data": "seen"})
+        one.wait_texts("seen")
+
+        one.page.goto(gate.url + "/readyz")
+        publish(site.url, {"topics": [topic], "data": "missed"})
+        other.wait_texts("seen", "missed")
+        one.page.go_back(wait_until="commit")
+
+        one.wait_texts("seen", "missed")
+        publish(site.url, {"topics": [topic], "data": "to both"})
+        for each in (one, other):
+            each.wait_texts("seen", "missed", "to both")
+        becomes(lambda: streams_on(site) == 1, "one stream for both")
+        publish(site.url, {"topics": [topic], "data": "and on"})
+        one.wait_texts("seen", "missed", "to both", "and on")
+
 
 class TestOneStreamForAllTabs:
     def test_five_tabs(self, site, gate, publish, tab, topic):
