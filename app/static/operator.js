@@ -22,7 +22,6 @@ byId("watch").addEventListener("click", () => {
 
 function start() {
   showProblem(byId("operator-problem"), null);
-  byId("watch").setAttribute("aria-pressed", "true");
   byId("watch").textContent = "Stop watching";
   stream = connect("operator/events", {
     mode: "fetch",
@@ -41,14 +40,14 @@ function stop() {
   stream = null;
   clearInterval(sweeping);
   processes.clear();
-  byId("watch").setAttribute("aria-pressed", "false");
   byId("watch").textContent = "Watch";
   draw();
 }
 
 function take({ process, at, samples }) {
   const known = processes.get(process);
-  processes.set(process, { now: { at, samples }, before: known?.now, seen: performance.now() });
+  const before = at > known?.now.at ? known.now : known?.before;
+  processes.set(process, { now: { at, samples }, before, seen: performance.now() });
   draw();
 }
 
@@ -69,12 +68,12 @@ function draw() {
     const { samples } = now;
     row.append(
       head,
-      cell("streams", integers.format(samples.sse_streams_open)),
-      cell("opened", integers.format(samples.sse_streams_opened_total)),
+      cell("streams", counted(samples.sse_streams_open)),
+      cell("opened", counted(samples.sse_streams_opened_total)),
       cell("deliveries", before ? integers.format(Math.round(rate(now, before, "sse_deliveries_total"))) : "…"),
       cell("half", within(samples, 0.5)),
       cell("most", within(samples, 0.99)),
-      cell("runs", integers.format(samples.sse_runs_open)),
+      cell("runs", counted(samples.sse_runs_open)),
       cell("history", `${Math.round(samples.sse_window_seconds)} s`),
       cell("ended", reasons(samples)),
     );
@@ -87,6 +86,11 @@ function cell(name, text) {
   const made = element("td", "", text);
   made.dataset.figure = name;
   return made;
+}
+
+// During a rollout, another version of the kit may not have this figure.
+function counted(count) {
+  return count === undefined ? "–" : integers.format(count);
 }
 
 function rate(now, before, name) {

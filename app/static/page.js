@@ -17,6 +17,8 @@ const MAX_ROWS = 5000;
 // says how much it leaves out.
 const ROW_CHARACTERS = 400;
 const UNFOLDED_CHARACTERS = 20000;
+// What is longer is no line of an access log.
+const ACCESS_CHARACTERS = 4000;
 
 // Rows are inserted in batches: a busy log would otherwise lay the page out
 // hundreds of times a second.
@@ -27,7 +29,7 @@ const FLUSH_MILLISECONDS = 50;
 const NOTICES = {
   "stream.reset": "History was lost, so events may be missing here. Fetch your state again.",
   "stream.draining": "This process is shutting down. The stream ends soon and continues on another.",
-  "stream.evicted": "A newer stream of the same user took this stream's place.",
+  "stream.evicted": "This stream was ended for another one, or by an administrator.",
   "stream.expiring": "The token expires soon.",
   "stream.expired": "The token expired.",
 };
@@ -115,7 +117,7 @@ function onEvent(data, event) {
   }
   if (event.event === "stream.position") return;
   if (event.event === "stream.open") return onOpen(data);
-  if (event.event in NOTICES) {
+  if (Object.hasOwn(NOTICES, event.event)) {
     add(notice(event.event, NOTICES[event.event], data?.reason ?? event.text));
     return;
   }
@@ -131,7 +133,7 @@ function onOpen(opened) {
 }
 
 function notified(data) {
-  const text = typeof data === "string" ? data : data?.text ?? JSON.stringify(data);
+  const text = [data?.text, data, JSON.stringify(data)].find((each) => typeof each === "string").slice(0, UNFOLDED_CHARACTERS);
   const list = byId("notifications");
   list.prepend(element("li", "", text));
   while (list.children.length > 10) list.lastElementChild.remove();
@@ -200,11 +202,15 @@ function folded(className, summary, content) {
   return shown;
 }
 
+// Whoever may publish chooses the types: an object may have a `toString` that is none.
+const plain = (value) => (["string", "number"].includes(typeof value) ? value : undefined);
+
 function accessLogLine(data) {
+  if (data.length > ACCESS_CHARACTERS) return null;
   const line = parseObject(data);
   // The kit's own nginx.conf writes path and seconds; others keep nginx's words.
-  const path = line?.path ?? line?.uri;
-  if (path === undefined || !("status" in line && "method" in line)) return null;
+  const path = plain(line?.path ?? line?.uri);
+  if ([path, plain(line?.status), plain(line?.method)].includes(undefined)) return null;
   const status = String(line.status);
   const summary = element("summary");
   summary.append(
@@ -212,9 +218,9 @@ function accessLogLine(data) {
     element("span", "method", String(line.method)), " ",
     element("span", "path", String(path)),
   );
-  const seconds = Number.parseFloat(line.seconds ?? line.request_time);
+  const seconds = Number.parseFloat(plain(line.seconds ?? line.request_time));
   if (!Number.isNaN(seconds)) summary.append(" ", element("span", "detail", duration(seconds)));
-  const logged = new Date(line.time);
+  const logged = new Date(plain(line.time));
   if (!Number.isNaN(logged.getTime())) {
     summary.append(" ", element("span", "detail", `at ${wholeSeconds.format(logged)}`));
   }

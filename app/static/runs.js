@@ -16,21 +16,29 @@ const messages = [];
 
 byId("chat").addEventListener("submit", async (event) => {
   event.preventDefault();
+  // By the keyboard it is submitted also while its button is off.
+  if (!byId("chat-cancel").disabled) return;
   const prompt = byId("prompt").value.trim();
   if (!prompt) return byId("prompt").focus();
   byId("prompt").value = "";
+  byId("chat-told").textContent = "";
   messages.push({ role: "user", content: prompt });
   const conversation = byId("conversation");
-  conversation.append(element("p", "asked", prompt));
+  const question = element("p", "asked", prompt);
   const shown = element("p", "answer");
-  conversation.append(shown);
+  conversation.append(question, shown);
+  conversation.scrollTop = conversation.scrollHeight;
+  // A screen reader reads the answer when it is whole, not every word of it anew.
+  conversation.setAttribute("aria-busy", "true");
 
   let text = "";
   const take = ({ event: name, data }) => {
     if (name !== "run.token") return;
     text += data.text;
-    shown.textContent = text;
-    conversation.scrollTop = conversation.scrollHeight;
+    // Whoever has scrolled back to read stays there.
+    const atEnd = conversation.scrollHeight - conversation.scrollTop - conversation.clientHeight < 40;
+    shown.append(data.text);
+    if (atEnd) conversation.scrollTop = conversation.scrollHeight;
   };
   for (let asked = 1; ; asked += 1) {
     const problem = await follow("chat", { kind: "chat", messages }, take);
@@ -40,9 +48,14 @@ byId("chat").addEventListener("submit", async (event) => {
     showProblem(byId("chat-problem"), null);
     byId("chat-told").textContent = `Process ${problem.value} was lost. Asked again.`;
   }
+  conversation.removeAttribute("aria-busy");
   // The next question is asked with what was answered so far.
-  if (text) messages.push({ role: "assistant", content: text });
-  else messages.pop();
+  if (text) return messages.push({ role: "assistant", content: text });
+  // Nothing was: the question goes back to where it can be asked again.
+  messages.pop();
+  question.remove();
+  shown.remove();
+  byId("prompt").value ||= prompt;
 });
 
 byId("prompt").addEventListener("keydown", (event) => {
@@ -77,8 +90,11 @@ async function follow(id, body, take) {
   const [start, cancel] = form.querySelectorAll("button");
   const told = byId("chat-told");
   showProblem(byId(`${id}-problem`), null);
+  // The focus stays with whoever uses the keyboard.
+  const hadFocus = document.activeElement === start;
   start.disabled = true;
   cancel.disabled = false;
+  if (hadFocus) cancel.focus();
   if (id === "chat") told.append(" ");
   let opens = 0;
   const answer = run("runs", body, {
@@ -90,7 +106,9 @@ async function follow(id, body, take) {
       },
     },
   });
-  const stop = () => answer.cancel();
+  const stop = () => answer.cancel().catch(({ problem, message }) => {
+    showProblem(byId(`${id}-problem`), { title: "The run could not be cancelled", detail: message, ...problem });
+  });
   cancel.addEventListener("click", stop);
   try {
     for await (const event of answer) take(event);
@@ -101,7 +119,9 @@ async function follow(id, body, take) {
     return problem;
   } finally {
     cancel.removeEventListener("click", stop);
+    const hasFocus = document.activeElement === cancel;
     start.disabled = false;
     cancel.disabled = true;
+    if (hasFocus) start.focus();
   }
 }

@@ -92,6 +92,31 @@ class TestFeed:
         expect(row(page, "only a name")).to_have_count(1)
         expect(page.get_by_role("log", name="Feed").locator("li.notice")).to_have_count(1)  # opened, once
 
+    def test_event_made_to_harm(self, site, publish, page, topic):
+        """
+        Whatever types a publisher chooses: an event is a row of its own, and the stream goes on.
+        """
+        page.goto(f"{site.url}/?topic={topic}")
+        expect(page.get_by_role("status").first).to_have_text("Open")
+        no_text = {"toString": 1, "valueOf": 1}
+        line = {"status": 200, "method": "GET", "path": "/"}
+
+        publish(
+            site.url,
+            *({"topics": [topic], "data": line | {name: no_text}} for name in ("status", "method", "path", "time", "seconds")),
+            {"topics": [topic], "event": "notification", "data": {"text": no_text}},
+            {"topics": [topic], "event": "constructor", "data": "an event"},
+            {"topics": [topic], "data": line | {"path": "/" + "x" * 100_000}},
+            {"topics": [topic], "data": "the last"},
+        )
+
+        expect(row(page, "the last")).to_have_count(1)
+        feed = page.get_by_role("log", name="Feed")
+        expect(feed.locator("li.event")).to_have_count(9)
+        expect(feed.locator("li.notice")).to_have_count(1)  # opened, once
+        expect(row(page, "an event")).to_contain_text("constructor")
+        expect(row(page, "xxx")).to_contain_text("characters, the first 20,000 shown")
+
     @pytest.mark.parametrize(("path", "seconds"), [("path", "seconds"), ("uri", "request_time")])
     def test_access_log_line(self, site, publish, page, topic, path, seconds):
         """
@@ -428,6 +453,41 @@ class TestChat:
         expect(page.get_by_role("button", name="Stop answering")).to_be_enabled()
         expect(answer).to_contain_text("You wrote 2 words: Hello kit")
         expect(page.get_by_role("button", name="Ask")).to_be_enabled()
+
+    def test_by_keyboard(self, whole, page):
+        """
+        The focus moves on to what can be done, and no second question is asked while one is answered.
+        """
+        page.goto(f"{whole.url}/")
+        page.get_by_label("Your message").fill("word " * 200)
+        page.get_by_role("button", name="Ask").press("Enter")
+        expect(page.get_by_role("button", name="Stop answering")).to_be_focused()
+        expect(page.get_by_role("log", name="Conversation")).to_have_attribute("aria-busy", "true")
+
+        page.get_by_label("Your message").fill("another")
+        page.get_by_label("Your message").press("Control+Enter")
+        expect(page.get_by_role("log", name="Conversation").locator(".answer")).to_contain_text("This is")
+        page.get_by_role("button", name="Stop answering").press("Enter")
+
+        expect(page.get_by_role("button", name="Ask")).to_be_focused()
+        expect(page.get_by_role("log", name="Conversation")).not_to_have_attribute("aria-busy", "true")
+        expect(page.get_by_role("log", name="Conversation").locator(".asked")).to_have_count(1)
+        expect(page.get_by_label("Your message")).to_have_value("another")
+
+    @pytest.mark.usefixtures("expects_failed_requests")
+    def test_refused(self, whole, page):
+        """
+        What could not be asked is in its field again, and the page says why.
+        """
+        problem = {"title": "Forbidden", "name": "kind", "rule": "needs a right", "cure": "Ask for a token."}
+        page.route("**/runs", lambda route: route.fulfill(status=403, json=problem, content_type="application/problem+json"))
+        page.goto(f"{whole.url}/")
+
+        ask(page, "Hello kit")
+
+        expect(page.get_by_role("alert")).to_contain_text("Ask for a token.")
+        expect(page.get_by_label("Your message")).to_have_value("Hello kit")
+        expect(page.get_by_role("log", name="Conversation")).to_be_empty()
 
     def test_stopped(self, whole, page):
         """
