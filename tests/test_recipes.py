@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import redis
 
 from tests.live import DEADLINE, Site, becomes, connect, logged, run, subscribed
 
@@ -48,6 +49,25 @@ async def test_node(served, require):
         await run(require("node"), str(RECIPES / "publish.mjs"), server.url, "recipes/node", TEXT)
 
         await stream.until_data(TEXT)
+    await run(require("node"), str(RECIPES / "publish.mjs"), f"redis://127.0.0.1:{server.port}/1", "recipes/node", TEXT)
+    with redis.Redis(port=server.port, db=1) as other:
+        assert 1 == other.xlen("{sse}:log")
+
+
+async def test_node_where_redis_ends(require):
+    """
+    Who ends the connection has not taken the event: it fails, and says so.
+    """
+
+    async def leave(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"XADD")
+        await reader.read(4096)
+        writer.close()
+
+    async with await asyncio.start_server(leave, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        with pytest.raises(AssertionError, match="Redis must answer, but ended the connection"):
+            await run(require("node"), str(RECIPES / "publish.mjs"), f"redis://127.0.0.1:{port}", "a", "b")
 
 
 async def test_php(served, require):

@@ -7,7 +7,7 @@
  *   });
  *
  * Needs sse-client.js beside it. Handlers may change with every render; the
- * stream is opened anew only when the address or the topics change.
+ * stream is opened anew only when the address, the topics or the names change.
  */
 
 import { useEffect, useRef, useState } from "react";
@@ -19,13 +19,24 @@ export function useEvents(url, options = {}, handlers = {}) {
   const [error, setError] = useState(null);
   const latest = useRef(handlers);
   latest.current = handlers;
-  const topics = [...(options.topics ?? [])].join(" ");
-  const names = Object.keys(handlers).join(" ");
+  const topics = [options.topics ?? []].flatMap((each) => (typeof each === "string" ? each : [...each])).join(" ");
+  // A name may hold spaces, and no line end.
+  const names = Object.keys(handlers).join("\n");
 
   useEffect(() => {
     setError(null);
-    const stream = connect(url, { ...options, onstate: setState, onerror: setError });
-    for (const name of names.split(" ").filter(Boolean)) {
+    const stream = connect(url, {
+      ...options,
+      onstate: (state, stream) => {
+        setState(state);
+        options.onstate?.(state, stream);
+      },
+      onerror: (error) => {
+        setError(error);
+        options.onerror?.(error);
+      },
+    });
+    for (const name of names.split("\n").filter(Boolean)) {
       stream.on(name, (data, message) => latest.current[name]?.(data, message));
     }
     return () => stream.close();
