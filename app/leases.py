@@ -289,13 +289,16 @@ class Leases:
                 own.granted = asyncio.get_running_loop().create_future()
                 with suppress(TimeoutError):
                     await asyncio.wait_for(own.granted, EVICT_SECONDS)
-        finally:
-            # Also where the client has gone meanwhile, and this is cancelled.
-            if not own.placed:
-                if verdict == "full":
-                    self._own.pop(stream, None)  # nothing to give back
-                else:
-                    self.release(stream)
+        except BaseException:
+            # The client has gone: perhaps in the very turn in which it got its
+            # place, and then nobody else knows that it has one.
+            self.release(stream)
+            raise
+        if not own.placed:
+            if verdict == "full":
+                self._own.pop(stream, None)  # nothing to give back
+            else:
+                self.release(stream)
         return own.placed
 
     def release(self, stream: str) -> None:

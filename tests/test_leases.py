@@ -517,6 +517,27 @@ class TestOneProcess:
         a.leases.end("a-1", "client_gone")
         await becomes(lambda: _holds_none(a), "no place left")
 
+    async def test_who_leaves_in_the_turn_in_which_it_gets_its_place(self, sides):
+        """
+        A client whose request ends when its place was just given gives that back: nobody else knows of it.
+        """
+        [a] = await sides("a", limit=1)
+        work = a.leases._store.work
+
+        async def given(gone: Any, asks: Any) -> Any:
+            verdicts = await work(gone, asks)
+            if asks:
+                # Before whoever asked has its turn.
+                asyncio.get_running_loop().call_soon(leaving.cancel)
+            return verdicts
+
+        a.leases._store.work = given
+        leaving = asyncio.create_task(a.connect())
+        assert isinstance((await asyncio.gather(leaving, return_exceptions=True))[0], asyncio.CancelledError)
+
+        assert 0 == len(a.leases)
+        await becomes(lambda: _holds_none(a), "no place left")
+
     async def test_evicted_on_its_way(self, sides):
         """
         A stream that has to leave before it has begun ends as soon as it has.
