@@ -209,9 +209,10 @@ class Hub:
     def end(self, stream: Stream, reason: str, farewell: bytes = b"") -> None:
         """End *stream* cleanly for *reason*; *farewell* is the last that it reads."""
         if self._forget(stream, reason):
-            if stream.head:
-                # Nothing has gone out yet; an answer without a head would be an error.
-                farewell = stream.pending + farewell
+            # What waits goes first: the head, without which an answer is an error, and
+            # a `stream.reset`. Whoever left with the id of a later farewell and had
+            # not read that would never hear of the loss.
+            farewell = stream.pending + farewell
             stream.sink.close(_first(stream, farewell) if farewell else None)
             self._told(stream)
 

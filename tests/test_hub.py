@@ -8,7 +8,7 @@ from random import Random
 import pytest
 
 from app import hub as hub_module
-from app.event import HEARTBEAT, Entry, Piece
+from app.event import HEARTBEAT, Entry, Piece, encode
 from app.hub import Hub, Pace
 from app.parser import Parser, ServerSentEvent
 from app.stream import BEHIND, ENDED, LIVE, Stream
@@ -976,6 +976,26 @@ class TestEnds:
         [piece] = sink.pieces
         assert piece.chunk.startswith(b"HTTP/1.1 200 OK\r\n\r\n")
         assert b"event: stream.open\ndata:\n\nretry: 9\n\n" == piece.raw
+
+    @pytest.mark.parametrize("state", ["live", "waiting"])
+    def test_before_a_loss_was_told(self, bench, state):
+        """
+        A stream that ends between a loss and its turn to hear of it reads the reset before its farewell.
+
+        That may carry an id, and who comes back with it is told of no loss any more.
+        """
+        stream, sink = bench.open("a")
+        if state == "waiting":
+            sink.room = 0
+            bench.publish(("a",))
+            assert stream.waiting
+        bench.window.reset("f", (9, 0), "f:9-0")
+        bench.hub.reset("epoch_changed")
+        farewell = encode(id=bench.window.id_at(bench.hub.position(stream)), event="stream.evicted")
+        bench.hub.end(stream, "evicted", farewell)
+
+        assert ["stream.reset", "stream.evicted"] == sink.names[-2:]
+        assert ["f:9-0", "f:9-0"] == [event.id for event in sink.told[-2:]]
 
     def test_neighbours_stay(self, bench):
         """
