@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 import urllib.request
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -143,3 +144,20 @@ class Run:
 BUSY = "--thresholds=lag_p99_ms<=60000,cpu_percent<=200"
 PATIENT = f"{BUSY},delivery_p99_ms<=60000,publish_delay_p99_ms<=60000"
 TOPIC = "loadtest__0"
+
+
+@contextlib.contextmanager
+def all_at_once(names: Iterable[str], start: Callable[[str], tuple[Run, Truth]]) -> Iterator[dict[str, tuple[Run, Truth]]]:
+    """Start one run for each name, wait for all, and end their servers afterwards: they wait more than they compute."""
+    found = {name: start(name) for name in names}
+    for run, _ in found.values():
+        run.end()
+    yield found
+    for _, truth in found.values():
+        truth.close()
+
+
+def wrong_with_runs(run: Run) -> dict[str, float]:
+    """Return what a load test of runs found wrong; nothing where every token came once, and every run ended."""
+    names = "tokens_lost", "tokens_duplicate", "tokens_out_of_order", "runs_failed", "runs_unended", "runs_unjudged"
+    return {name: run.figures[name] for name in names if run.figures[name] != 0}

@@ -13,7 +13,7 @@ from loadtest.options import OPTIONS
 from loadtest.runs import RunStream
 from loadtest.scenario import load_scenarios
 from loadtest.sse_client import Target
-from tests.loadtest.runs import BUSY, Run, Truth
+from tests.loadtest.runs import BUSY, Run, Truth, all_at_once, wrong_with_runs
 
 READERS = """
 users = { run = 1 }
@@ -35,18 +35,16 @@ FAULTS = {
 
 @pytest.fixture(scope="class")
 def runs(tmp_path_factory) -> Iterator[dict[str, tuple[Run, Truth]]]:
-    """One run of the load test for each fault, all at the same time."""
-    found = {}
-    for name, fault in FAULTS.items():
-        truth = Truth({"runs": fault})
+    """One run of the load test for each fault."""
+    thresholds = f"{BUSY},opened_percent>=0,tokens_lost==0,tokens_duplicate==0,runs_done>=1"
+
+    def start(name: str) -> tuple[Run, Truth]:
+        truth = Truth({"runs": FAULTS[name]})
         folder = tmp_path_factory.mktemp("run")
-        thresholds = f"{BUSY},opened_percent>=0,tokens_lost==0,tokens_duplicate==0,runs_done>=1"
-        found[name] = Run(folder, truth.url, thresholds, "--settle=5", rate=0, scenario=READERS), truth
-    for run, _ in found.values():
-        run.end()
-    yield found
-    for _, truth in found.values():
-        truth.close()
+        return Run(folder, truth.url, thresholds, "--settle=5", rate=0, scenario=READERS), truth
+
+    with all_at_once(FAULTS, start) as found:
+        yield found
 
 
 class TestCounts:
@@ -58,15 +56,7 @@ class TestCounts:
         told, figures = truth.truth(), run.figures
         assert told["runs"] == told["runs_cut"] == figures["runs"] == figures["runs_done"] == figures["reconnects"] > 8
         assert 22 * told["runs"] == figures["tokens"] == figures["deliveries"]
-        wrong = (
-            "tokens_lost",
-            "tokens_duplicate",
-            "tokens_out_of_order",
-            "runs_failed",
-            "runs_unended",
-            "runs_unjudged",
-        )
-        assert [0] * 6 == [figures[name] for name in wrong]
+        assert {} == wrong_with_runs(run)
         # `retry:` is 0.1 s.
         assert figures["resume_p50_ms"] >= 100
         # The ends of the last ones may not have been read when the figures were gathered.

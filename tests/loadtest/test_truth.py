@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.loadtest.runs import PATIENT, ROOT, TOPIC, Run, Truth
+from tests.loadtest.runs import PATIENT, ROOT, TOPIC, Run, Truth, all_at_once
 
 FAULTS = {
     "none": {},
@@ -26,17 +26,15 @@ FAULTS = {
 
 @pytest.fixture(scope="class")
 def runs(tmp_path_factory) -> Iterator[dict[str, tuple[Run, Truth]]]:
-    """One run for each fault, all at the same time: they wait more than they compute."""
-    found = {}
-    for name, fault in FAULTS.items():
-        truth = Truth({TOPIC.replace("__", "/"): fault})
+    """One run for each fault."""
+
+    def start(name: str) -> tuple[Run, Truth]:
+        truth = Truth({TOPIC.replace("__", "/"): FAULTS[name]})
         # Back after 0.1 s of `retry:`: some events pass meanwhile.
-        found[name] = Run(tmp_path_factory.mktemp("run"), truth.url, PATIENT, "--settle=2", rate=40), truth
-    for run, _ in found.values():
-        run.end()
-    yield found
-    for _, truth in found.values():
-        truth.close()
+        return Run(tmp_path_factory.mktemp("run"), truth.url, PATIENT, "--settle=2", rate=40), truth
+
+    with all_at_once(FAULTS, start) as found:
+        yield found
 
 
 class TestCounts:

@@ -27,11 +27,22 @@ def port():
         holder.close()
 
 
+@pytest.fixture
+def kit(stack, port):
+    """Start the kit in front of that model, with these options of nginx."""
+
+    async def start(**nginx_options):
+        env = {"SSE_LLM_BASE_URL": f"http://127.0.0.1:{port}/v1"}
+        return await asyncio.to_thread(stack, apps=1, redis=False, env=env, nginx_options=nginx_options)
+
+    return start
+
+
 def text(answer) -> str:
     return "".join(json.loads(event.data)["text"] for event in answer.events if event.event == "run.token")
 
 
-async def test_first_tokens(stack, port, tls, way_name):
+async def test_first_tokens(kit, port, tls, way_name):
     """
     The head is read before the first token is made, and the first token before the second is.
     """
@@ -48,14 +59,8 @@ async def test_first_tokens(stack, port, tls, way_name):
             await exchange.writer.drain()
         return False
 
-    kit = await asyncio.to_thread(
-        stack,
-        apps=1,
-        redis=False,
-        env={"SSE_LLM_BASE_URL": f"http://127.0.0.1:{port}/v1"},
-        nginx_options={"tls": None if way_name == "plain" else tls},
-    )
-    async with serving(model, port=port, seconds=60), way(way_name, kit.nginx.port) as front:
+    nginx = (await kit(tls=None if way_name == "plain" else tls)).nginx
+    async with serving(model, port=port, seconds=60), way(way_name, nginx.port) as front:
         answer = await front.ask("/runs", JSON, method="POST", body=BODY)
         await answer.until(lambda answer: [event.event for event in answer.events] == ["stream.open"])
         order.append("head")
@@ -69,7 +74,7 @@ async def test_first_tokens(stack, port, tls, way_name):
     assert ["head", "made", "first", "made"] == order
 
 
-async def test_model_that_thinks(stack, port):
+async def test_model_that_thinks(kit, port):
     """
     A model may be silent for longer than nginx waits for an answer of the API.
     """
@@ -85,14 +90,9 @@ async def test_model_that_thinks(stack, port):
         await exchange.writer.drain()
         return False
 
-    kit = await asyncio.to_thread(
-        stack,
-        apps=1,
-        redis=False,
-        env={"SSE_LLM_BASE_URL": f"http://127.0.0.1:{port}/v1"},
-        nginx_options={"files": {"snippets/sse-api.conf": api.replace("proxy_read_timeout 15s;", "proxy_read_timeout 1s;")}},
-    )
-    async with serving(model, port=port, seconds=60), way("plain", kit.nginx.port) as front:
+    files = {"snippets/sse-api.conf": api.replace("proxy_read_timeout 15s;", "proxy_read_timeout 1s;")}
+    nginx = (await kit(files=files)).nginx
+    async with serving(model, port=port, seconds=60), way("plain", nginx.port) as front:
         answer = await front.ask("/runs", JSON, method="POST", body=BODY)
         await answer.until(lambda answer: answer.ended)
 
