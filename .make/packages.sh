@@ -154,6 +154,7 @@ stack)
         have ip || optional="$optional iproute2"
         have nft || optional="$optional nftables"
         have haproxy || optional="$optional haproxy"
+        have caddy || optional="$optional caddy"
         have promtool || optional="$optional prometheus" # for promtool; the server is never started
         ;;
     bench)

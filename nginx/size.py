@@ -107,9 +107,9 @@ limit_conn sse_streams_of_nginx {found["all streams"]};
 # snippets/sse-limits.http.conf, limit_conn_zone of the user and of the address
 zone=...:{found["zone"]}m
 
-# the application: 28,000 streams per process are the ports' limit, 15,000 SSE_MAX_STREAMS' default
+# the application: {options.ports:,} streams per process are the ports' limit, 15,000 SSE_MAX_STREAMS' default
 {found["application processes"]} processes at least, each SSE_MAX_STREAMS={found["SSE_MAX_STREAMS"]}
-({options.ports} ports to each address; Kubernetes: sysctl net.ipv4.ip_local_port_range "1024 65535")
+(one port per stream to each address; in Kubernetes more by the sysctl net.ipv4.ip_local_port_range "1024 65535")
 
 # the system, or the pod
 {found["memory"]} MiB of memory ({STREAM_BYTES[options.way] / 1000:g} KB per stream, {KERNEL_BYTES / 1000:g} KB in the kernel, 1 % stalled clients, a fifth more)

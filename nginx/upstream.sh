@@ -14,6 +14,7 @@ set -eu
 fail() { printf '%s\n' "$*" >&2; exit 2; }
 usage='Usage: upstream.sh static HOST:PORT... | resolve NAME:PORT [SERVER]'
 address='^(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+):[0-9]{1,5}$'
+asked='^(\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z._-]+)(:[0-9]{1,5})?$'
 check() { printf '%s\n' "$1" | grep -q -E "$address" || fail "HOST:PORT must be a host and a port, got '$1'. $usage"; }
 
 form=${1:-}
@@ -33,8 +34,11 @@ resolve)
     if [ -z "$server" ]; then
         server=$(awk '$1 == "nameserver" { print $2; exit }' "$conf" 2>/dev/null || true)
         [ -n "$server" ] || fail "A name server must be in $conf, found none. Give it as the last argument. $usage"
-        case $server in *:*) server="[$server]" ;; esac
     fi
+    # A bare IPv6 address, as /etc/resolv.conf has it, would be read as a port.
+    case $server in \[*) ;; *:*:*) server="[$server]" ;; esac
+    printf '%s\n' "$server" | grep -q -E "$asked" ||
+        fail "SERVER must be ADDRESS or ADDRESS:PORT, got '$server'. $usage"
     case $name in
     *.*) ;;
     *)

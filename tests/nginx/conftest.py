@@ -26,7 +26,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from app.stack import ROOT, Nginx, nginx_version
+from app.stack import ROOT, Nginx, nginx_version, reserve_port
 from tests.crowd import becomes
 from tests.live import Site
 from tests.nginx.ways import WAYS
@@ -253,6 +253,15 @@ def site() -> Iterator[Site]:
     """Real application processes, kept for one file's tests."""
     with Site() as site:
         yield site
+
+
+@pytest.fixture
+def model_port() -> Iterator[int]:
+    """Where a model will be."""
+    port, holder = reserve_port()
+    yield port
+    if holder:
+        holder.close()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

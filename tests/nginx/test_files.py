@@ -10,7 +10,7 @@ from typing import ClassVar
 import pytest
 
 from app.stack import ROOT, nginx_version
-from tests.nginx.conftest import NATIVE, certificate
+from tests.nginx.conftest import NATIVE, certificate, reload
 from tests.nginx.ways import way
 
 NGINX = ROOT / "nginx"
@@ -40,6 +40,30 @@ def checked(binary: str, file: Path) -> str:
 
 def older(binary: str, *version: int) -> bool:
     return nginx_version(binary) < version
+
+
+def directives(text: str) -> list[str]:
+    """Return the lines of a configuration without comments and indentation."""
+    return [line for each in text.splitlines() if (line := each.strip()) and not line.startswith("#")]
+
+
+# What Debian's and nginx.org's nginx.conf have around conf.d, but for the system's own folders.
+STOCK = """
+pid nginx.pid;
+events {}
+http {
+    client_body_temp_path a; proxy_temp_path b; fastcgi_temp_path c; uwsgi_temp_path d; scgi_temp_path e;
+    include conf.d/*.conf;
+}
+"""
+
+
+def template(certificates: Path, tls: str, plain: str) -> str:
+    """Return the whole server, renamed as its first lines say, listening on *tls* and *plain* alone."""
+    text = (NGINX / "templates/sse.example.com.conf").read_text()
+    text = text.replace("/etc/ssl/sse.example.com", str(certificates)).replace("sse.example.com", "kit.test")
+    text = re.sub(r"(?m)^\s*listen \[::\]:.*\n", "", text)
+    return text.replace("listen 443 ", f"listen {tls} ").replace("listen 80;", f"listen {plain};")
 
 
 def downgraded(text: str) -> str:
@@ -92,11 +116,10 @@ class TestSyntax:
     def test_template(self, binaries, folder, version):
         """The whole server fits into an nginx.conf that includes conf.d, as Debian's and nginx.org's do."""
         binary = binaries(version)
-        text = (folder / "templates/sse.example.com.conf").read_text()
-        text = text.replace("/etc/ssl/sse.example.com", str(folder / "tls"))
+        text = template(folder / "tls", "8443", "8080")  # ports that need no root
         (folder / "conf.d").mkdir()
         (folder / "conf.d/sse.conf").write_text(downgraded(text) if older(binary, 1, 25, 1) else text)
-        (folder / "stock.conf").write_text("pid nginx.pid;\nevents {}\nhttp {\n    include conf.d/*.conf;\n}\n")
+        (folder / "stock.conf").write_text(STOCK)
 
         checked(binary, folder / "stock.conf")
 
@@ -139,6 +162,44 @@ class TestSyntax:
         )
 
         checked(binary, conf)
+
+
+class TestTemplate:
+    def test_the_same_as_nginx_conf(self):
+        """The whole server says what nginx.conf says, but for addresses, names and certificates."""
+        conf, whole = (directives((NGINX / name).read_text()) for name in ("nginx.conf", "templates/sse.example.com.conf"))
+
+        def limits(lines: list[str]) -> set[str]:
+            return {line for line in lines if re.match(r"(client_\w+_(size|timeout)|large_client|keepalive)", line)}
+
+        def locations(lines: list[str]) -> list[str]:
+            start = lines.index("error_page 413 429 500 502 503 504 @sse_problem;")
+            return lines[start : lines.index("location = /.sse-problem {", start) + 5]
+
+        assert locations(conf) == locations(whole)
+        assert limits(conf) == limits(whole)
+        assert {line for line in conf if ".http.conf;" in line} == {line for line in whole if ".http.conf;" in line}
+        (plain,) = (line for line in whole if re.match(r"listen 443 ", line))
+        assert plain.replace("443", "[::]:443") in whole
+        assert "listen [::]:80;" in whole
+
+    @pytest.mark.parametrize("name", ["tls", "h2"])
+    async def test_serves(self, nginx, toys, tls, name):
+        """Renamed, it streams over TLS, and sends on who comes without."""
+        (toy,) = await toys()
+        front = nginx([toy.server], way=name)
+        (front.prefix / "conf.d").mkdir()
+        text = template(tls, f"127.0.0.1:{front.port}", f"127.0.0.1:{front.metrics_port}")
+        (front.prefix / "conf.d/sse.conf").write_text(text)
+        (front.prefix / "nginx.conf").write_text(STOCK)
+        await reload(front)
+        async with way(name, front.port) as client, way("plain", front.metrics_port) as other:
+            stream = await client.ask("/events?topic=a", NATIVE)
+            toy.say(b"data: 0\n\n")
+            await stream.until(lambda s: s.data == ["0"])
+            sent_on = await other.ask("/events?topic=a")
+
+        assert (308, "https://kit.test/events?topic=a") == (sent_on.status, sent_on.headers["location"])
 
 
 class TestSecurity:

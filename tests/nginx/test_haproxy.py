@@ -9,7 +9,7 @@ import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -17,15 +17,18 @@ from app.stack import ROOT, Part, reserve_port
 from tests.crowd import becomes
 from tests.live import becomes as comes
 from tests.nginx.conftest import NATIVE, certificate
+from tests.nginx.test_run_streams import told_step_by_step
 from tests.nginx.ways import WAYS, serves, way
 
 SOURCE = ROOT / "nginx/haproxy"
 
 
 class Haproxy(Part):
-    """haproxy.cfg with other `bind` and `server` lines, and what a test replaces."""
+    """haproxy.cfg with other `bind` and `server` lines, what a test replaces, and lists with its lines."""
 
-    def __init__(self, folder: Path, binary: str, servers: list[str], replaced: dict[str, str]) -> None:
+    def __init__(
+        self, folder: Path, binary: str, servers: list[str], replaced: dict[str, str], lists: dict[str, str]
+    ) -> None:
         super().__init__("haproxy", folder)
         self.tls_port = self._reserve()
         self.binary = binary
@@ -47,7 +50,8 @@ class Haproxy(Part):
                 generated.append(line)
         certificate(folder)
         (folder / "site.pem").write_bytes((folder / "tls.crt").read_bytes() + (folder / "tls.key").read_bytes())
-        shutil.copy(SOURCE / "later.http", folder)
+        for name in ("later.http", "exempt.lst", "origins.lst"):
+            (folder / name).write_text((SOURCE / name).read_text() + lists.get(name, ""))
         (folder / "haproxy.cfg").write_text("\n".join(generated) + "\n")
 
     def command(self) -> list[str]:
@@ -55,7 +59,7 @@ class Haproxy(Part):
         return [self.binary, "-db", "-f", str(self.directory / "haproxy.cfg")]
 
     def probe(self) -> bool:
-        return serves(self.port)
+        return serves(self.port) and serves(self.tls_port)
 
     def port_of(self, name: str) -> int:
         return self.port if name == "plain" else self.tls_port
@@ -73,10 +77,12 @@ def haproxy(require) -> Iterator[Callable[..., Any]]:
     started: list[Haproxy] = []
     folder = Path(tempfile.mkdtemp(prefix="sse-haproxy-"))
 
-    async def start(servers: list[str], **replaced: str) -> Haproxy:
+    async def start(
+        servers: list[str], replaced: dict[str, str] | None = None, lists: dict[str, str] | None = None
+    ) -> Haproxy:
         own = folder / str(len(started))
         own.mkdir()
-        started.append(Haproxy(own, binary, servers, replaced.get("replaced") or {}))
+        started.append(Haproxy(own, binary, servers, replaced or {}, lists or {}))
         started[-1].start()
         await asyncio.to_thread(started[-1].wait_ready)
         return started[-1]
@@ -87,9 +93,11 @@ def haproxy(require) -> Iterator[Callable[..., Any]]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-async def front(haproxy, toys, count: int = 1, **replaced: str) -> tuple[Haproxy, list]:
+async def front(
+    haproxy, toys, count: int = 1, lists: dict[str, str] | None = None, **replaced: str
+) -> tuple[Haproxy, list]:
     found = await toys(count)
-    return await haproxy([toy.server for toy in found], replaced=replaced), found
+    return await haproxy([toy.server for toy in found], replaced, lists), found
 
 
 class TestStreams:
@@ -140,17 +148,32 @@ class TestStreams:
         assert "x-sse-soft-fail" not in head
 
 
+class TestRuns:
+    async def test_first_tokens(self, haproxy, site, model_port):
+        """The answer to POST /runs is a stream: its head and each token come as they are made."""
+        app = site.app("", llm_base_url=f"http://127.0.0.1:{model_port}/v1")
+        proxy = await haproxy([f"127.0.0.1:{app.port}"])
+        for name in WAYS:
+            async with way(name, proxy.port_of(name)) as client:
+                await told_step_by_step(client, model_port)
+
+
 class TestStickiness:
     async def test_only_its_users_move(self, haproxy, toys):
         """The same user meets the same process; without one, only its users move, and come back with it."""
-        proxy, four = await front(haproxy, toys, 4)
+        # Asking until the checks notice is more than one address may: who asks is exempt.
+        proxy, four = await front(haproxy, toys, 4, lists={"exempt.lst": "127.0.0.1\n"})
         for number, toy in enumerate(four):
             toy.answer, toy.status_body = 200, str(number).encode()
         async with way("plain", proxy.port) as client:
 
             async def places() -> list[str]:
-                answers = [await client.ask(f"/events?user={user}") for user in range(120)]
-                return [(await answer.whole()).decode() for answer in answers]
+                found = []
+                for user in range(120):
+                    answer = await client.ask(f"/events?user={user}")
+                    found.append((await answer.whole()).decode())
+                    answer.close()
+                return found
 
             async def until_gone(gone: bool) -> list[str]:
                 async def done() -> list[str]:
@@ -211,10 +234,13 @@ class TestSoftFail:
                 assert b"retry: " in await answer.whole()
                 await asyncio.sleep(0.05)
             api = await client.ask("/events")
+            problem = json.loads(await api.whole())
         if holder:
             holder.close()
 
-        assert 503 == api.status
+        assert (503, 503, "1") == (api.status, problem["status"], api.headers["retry-after"])
+        assert "application/problem+json" == api.headers["content-type"]
+        assert {"type", "title", "status", "detail", "name", "rule", "value", "cure"} == set(problem)
 
     async def test_another_process(self, haproxy, toys):
         """One that drains or hangs up is passed over; 429 is not taken elsewhere, a POST not repeated."""
@@ -226,13 +252,31 @@ class TestSoftFail:
                 toy.answer = 429
                 toy.heads.clear()
             await client.ask("/events?user=1")
-            asked = [head for toy in two for head in toy.heads if "/events" in head]
+            for toy in two:
+                toy.answer = 503
+            posted = await client.ask("/publish", method="POST", body=b"{}")
+            asked = [head.split()[0] for toy in two for head in toy.heads if "/readyz" not in head]
 
         assert {None} == set(statuses)
-        assert 1 == len(asked)
+        assert 503 == posted.status
+        assert ["GET", "POST"] == sorted(asked)
 
 
 class TestLimits:
+    async def test_the_exempt_and_other_spellings(self, haproxy, toys):
+        """Addresses of exempt.lst are not counted; another spelling of a path, as the application reads it, is."""
+        replaced = {"sc_conn_cur(0) gt 20": "sc_conn_cur(0) gt 1"}
+        proxy, _ = await front(haproxy, toys, lists={"exempt.lst": "127.0.0.9\n"}, **replaced)
+        async with way("plain", proxy.port) as client:
+            exempt = [await client.ask("/events?user=a", source="127.0.0.9") for _ in range(3)]
+            paths = ("/events?user=b", "//events?user=b", "/%65vents?user=b", "/runs/7/events?user=b")
+            others = [await client.ask(path) for path in paths]
+            run = await client.ask("/runs?user=b", NATIVE, method="POST", body=b"{}")
+
+        assert [200] * 3 == [answer.status for answer in exempt]
+        assert [200, 429, 429, 429] == [answer.status for answer in others]
+        assert 429 == run.status
+
     async def test_of_a_user_and_an_address(self, haproxy, toys, way_name):
         """Streams are counted per user and per address; one that ends makes room."""
         replaced = {"sc_conn_cur(0) gt 20": "sc_conn_cur(0) gt 3", "sc_conn_cur(1) gt 400": "sc_conn_cur(1) gt 5"}
@@ -258,6 +302,17 @@ class TestLimits:
 
             await comes(room, "room for a stream")
 
+    async def test_of_all(self, haproxy, toys):
+        """All streams together leave connections for publishers, also those of the exempt."""
+        replaced = {"fe_conn gt 9000": "fe_conn gt 10", "maxconn 9500": "maxconn 40"}
+        proxy, _ = await front(haproxy, toys, lists={"exempt.lst": "127.0.0.1\n"}, **replaced)
+        async with way("plain", proxy.port) as client:
+            streams = [(await client.ask(f"/events?user={number}")).status for number in range(14)]
+            publish = await client.ask("/publish", method="POST", body=b"{}")
+
+        assert [200] * 10 + [429] * 4 == streams
+        assert 200 == publish.status
+
     async def test_long_tokens_are_users_of_their_own(self, haproxy, toys):
         """Tokens begin alike: two that differ at the end do not share a limit."""
         replaced = {"sc_conn_cur(0) gt 20": "sc_conn_cur(0) gt 1"}
@@ -276,6 +331,65 @@ class TestLimits:
             answer = await client.ask("/publish", size, method="POST", body=b"x")
 
         assert 413 == answer.status
+
+
+class TestCors:
+    LISTS: ClassVar[dict[str, str]] = {"origins.lst": "https://app.example.com\n"}
+    GOOD: ClassVar[dict[str, str]] = {"Origin": "https://app.example.com"}
+    BAD: ClassVar[dict[str, str]] = {"Origin": "https://app.example.com.evil.example"}
+
+    @pytest.mark.parametrize("answer", ["stream", 503, "hang up"])
+    async def test_an_allowed_origin(self, haproxy, toys, way_name, answer):
+        """Its pages may read streams, with cookies, and the soft fail: else an EventSource would give up."""
+        proxy, (toy,) = await front(haproxy, toys, lists=self.LISTS)
+        toy.answer = answer
+        async with way(way_name, proxy.port_of(way_name)) as client:
+            if (way_name, answer) == ("h2", "hang up"):
+                # Here HAProxy asks the browser to repeat the request (REFUSED_STREAM): a network
+                # error, after which an EventSource comes back.
+                refused = await client.send("/events", NATIVE | self.GOOD)
+                await refused.until(lambda a: a.ended)
+                assert (0, "cut") == (refused.status, refused.ended)
+                return
+            good = await client.ask("/events", NATIVE | self.GOOD)
+            bad = await client.ask("/events", NATIVE | self.BAD)
+            none = await client.ask("/events", NATIVE)
+
+        assert 200 == good.status
+        assert "https://app.example.com" == good.headers["access-control-allow-origin"]
+        assert "true" == good.headers["access-control-allow-credentials"]
+        assert {"Origin"} == {each.headers["vary"] for each in (good, bad, none)}
+        for other in (bad, none):
+            assert not [name for name in other.headers if name.startswith("access-control")]
+
+    async def test_a_preflight(self, haproxy, toys):
+        """The question before a request with a token is answered for these origins alone."""
+        proxy, (toy,) = await front(haproxy, toys, lists=self.LISTS)
+        toy.answer = 404
+        asks = {"Access-Control-Request-Method": "GET", "Access-Control-Request-Headers": "authorization,last-event-id"}
+        async with way("plain", proxy.port) as client:
+            good = await client.ask("/events", self.GOOD | asks, method="OPTIONS")
+            bad = await client.ask("/events", self.BAD | asks, method="OPTIONS")
+
+        assert 204 == good.status
+        assert "https://app.example.com" == good.headers["access-control-allow-origin"]
+        assert {"Authorization", "Last-Event-ID"} <= set(good.headers["access-control-allow-headers"].split(", "))
+        assert 404 == bad.status
+        assert "access-control-allow-origin" not in bad.headers
+
+    @pytest.mark.parametrize("lists", [LISTS, {}], ids=["listed", "as shipped"])
+    async def test_where_the_application_answers(self, haproxy, toys, lists):
+        """Its own headers stand once, also on the soft fail that hides its 503."""
+        proxy, (toy,) = await front(haproxy, toys, lists=lists)
+        toy.answer, toy.headers = 503, "Access-Control-Allow-Origin: https://other.example\r\nVary: Accept, Origin\r\n"
+        async with way("plain", proxy.port) as client:
+            api = await client.send("/events", self.GOOD)
+            await api.whole()
+            native = await client.ask("/events", NATIVE | self.GOOD)
+
+        assert "https://other.example" == api.headers["access-control-allow-origin"]
+        assert "https://other.example" == native.headers["access-control-allow-origin"]
+        assert "Accept, Origin" == api.headers["vary"]
 
 
 class TestLog:

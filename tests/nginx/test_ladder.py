@@ -1,5 +1,5 @@
 """
-Timeouts that must agree, read where they stand: settings, nginx's files, HAProxy's, Kubernetes'.
+Timeouts that must agree, read where they stand: settings, nginx's files, HAProxy's, Caddy's, Kubernetes'.
 
 Each rule is one line of `RULES`; each is seen broken once.
 """
@@ -19,9 +19,14 @@ NGINX = ROOT / "nginx"
 
 
 def seconds(text: str) -> float:
-    """Return a duration of nginx or HAProxy in seconds."""
+    """Return a duration of nginx, HAProxy or Caddy in seconds."""
     number, unit = re.fullmatch(r"([0-9.]+)(ms|s|m|h|d|)", text).groups()
     return float(number) * {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400, "": 1}[unit]
+
+
+def steps(*places: list[str]) -> list[float]:
+    """Return the durations of several places in seconds."""
+    return [seconds(value) for place in places for value in place]
 
 
 def nginx(name: str, file: str = "*.conf") -> list[str]:
@@ -37,6 +42,21 @@ def haproxy(name: str) -> list[str]:
     found = re.findall(rf"(?m)^\s*{name}\s+(\S+)", (NGINX / "haproxy/haproxy.cfg").read_text())
     assert found, f"{name} stands not in haproxy.cfg"
     return found
+
+
+def caddy(name: str) -> list[str]:
+    """Return the values of a line of the Caddyfile."""
+    found = re.findall(rf"(?m)^\s*{name}\s+(\S+)", (NGINX / "caddy/Caddyfile").read_text())
+    assert found, f"{name} stands not in the Caddyfile"
+    return found
+
+
+def said_bytes() -> list[int]:
+    """Return the size of a body as HAProxy compares it, and as the refusals name it."""
+    cfg, texts = (NGINX / "haproxy/haproxy.cfg").read_text(), (NGINX / "snippets/sse-problem.http.conf").read_text()
+    found = re.findall(r"content-length\) gt (\d+)", cfg) + re.findall(r"at most (\d+) bytes", cfg + texts)
+    assert len(found) >= 3, found
+    return [*map(int, found)]
 
 
 def keep_alive() -> float:
@@ -62,19 +82,19 @@ def values() -> dict[str, list[float]]:
         "drain": [sum(each) for each in zip(of("drain_seconds"), of("run_finish_seconds"), strict=True)],
         "max_body": of("max_body_bytes"),
         "publish": of("publish_timeout_seconds"),
-        "api_read_timeout": [*map(seconds, nginx("proxy_read_timeout", "sse-api.conf"))],
-        "read_timeout": [*map(seconds, nginx("proxy_read_timeout", "sse-proxy.conf")), *map(seconds, haproxy("timeout server"))],
-        "connect_timeout": [*map(seconds, nginx("proxy_connect_timeout")), *map(seconds, haproxy("timeout connect"))],
-        "send_timeout": [*map(seconds, nginx("send_timeout")), *map(seconds, haproxy("timeout client"))],
-        "try_for": [*map(seconds, nginx("proxy_next_upstream_timeout"))],
-        "shutdown": [*map(seconds, nginx("worker_shutdown_timeout")), *map(seconds, haproxy("hard-stop-after"))],
-        "upstream_idle": [*map(seconds, nginx(r"keepalive_timeout"))],
+        "api_read_timeout": steps(nginx("proxy_read_timeout", "sse-api.conf"), caddy("response_header_timeout")),
+        "read_timeout": steps(nginx("proxy_read_timeout", "sse-proxy.conf"), haproxy("timeout server"), caddy("read_timeout")),
+        "connect_timeout": steps(nginx("proxy_connect_timeout"), haproxy("timeout connect"), caddy("dial_timeout")),
+        "send_timeout": steps(nginx("send_timeout"), haproxy("timeout client")),
+        "try_for": steps(nginx("proxy_next_upstream_timeout"), caddy("lb_try_duration")),
+        "shutdown": steps(nginx("worker_shutdown_timeout"), haproxy("hard-stop-after"), caddy("grace_period")),
+        "upstream_idle": steps(nginx("keepalive_timeout"), caddy("keepalive")),
         "app_idle": [keep_alive()],
         "user_limit": [float(each.limit_streams_per_user) for each in settings],
-        "nginx_limit": [*map(float, nginx("limit_conn sse_streams_of_user"))],
+        "nginx_limit": [*map(float, nginx("limit_conn sse_streams_of_user")), *map(float, haproxy(r"acl too_many sc_conn_cur\(0\) gt"))],
         "all_streams": [*map(float, nginx("limit_conn sse_streams_of_nginx"))],
         "connections": [float(nginx("worker_processes")[0]) * float(nginx("worker_connections")[0])],
-        "body_size": [int(number) * sizes[unit] for number, unit in bodies],
+        "body_size": [*(int(number) * sizes[unit] for number, unit in bodies), *said_bytes()],
     }
     return found | cluster()
 
@@ -227,6 +247,27 @@ class TestLadder:
         assert {"SSE_HEARTBEAT_SECONDS", "SSE_MAX_AGE_SECONDS", "proxy_read_timeout", "worker_shutdown_timeout"} <= {
             name for name, _ in said
         }
+
+    def test_readme_of_nginx(self):
+        """Its table has every step once, with the values that the files and the settings have."""
+        section = (NGINX / "README.md").read_text().split("### Timeouts", 1)[1].split("\n### ", 1)[0]
+        rows = dict(re.findall(r"(?m)^\| (.+?) \| (\d+) (?:s|MiB) \|", section))
+        places = {
+            "`proxy_read_timeout` of streams": nginx("proxy_read_timeout", "sse-proxy.conf"),
+            "`proxy_read_timeout` of other requests": nginx("proxy_read_timeout", "sse-api.conf"),
+            "`worker_shutdown_timeout`": nginx("worker_shutdown_timeout"),
+            "`send_timeout`": nginx("send_timeout"),
+            "upstream `keepalive_timeout`": nginx("keepalive_timeout"),
+        }
+
+        assert {rows.pop("`client_max_body_size`") + "m"} == set(nginx("client_max_body_size"))
+        assert {name: {float(value)} for name, value in rows.items()} == {
+            name: set(map(seconds, found)) for name, found in places.items()
+        }
+        named = re.findall(r"`(SSE_[A-Z_]+)` \((\d+)\)", section)
+        assert 4 == len(named)
+        for name, value in named:
+            assert float(value) == getattr(Settings(), name.removeprefix("SSE_").lower()), name
 
 
 def test_paths():

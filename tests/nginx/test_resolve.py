@@ -283,6 +283,14 @@ class TestGenerator:
         assert "resolver [fd00::a] valid=5s" in run.stdout
 
     @pytest.mark.parametrize(
+        ("given", "written"),
+        [("10.96.0.10", "10.96.0.10"), ("127.0.0.1:5353", "127.0.0.1:5353"), ("fd00::a", "[fd00::a]"), ("[fd00::a]:53", "[fd00::a]:53")],
+    )
+    def test_a_name_server(self, given, written):
+        """A name server is an address, perhaps with a port; IPv6 may be written with and without brackets."""
+        assert f"resolver {written} valid=5s" in printed("resolve", f"{NAME}:8000", given).stdout
+
+    @pytest.mark.parametrize(
         ("arguments", "says"),
         [
             ((), "The form must be static or resolve"),
@@ -290,6 +298,7 @@ class TestGenerator:
             (("static", "no-port"), "HOST:PORT must be a host and a port, got 'no-port'"),
             (("static", "a:1; evil on"), "HOST:PORT must be"),
             (("resolve", "a.b:80", "1.1.1.1", "more"), "got 3 arguments"),
+            (("resolve", "a.b:80", "1.1.1.1; evil on"), "SERVER must be ADDRESS or ADDRESS:PORT, got"),
         ],
     )
     def test_bad_input(self, arguments, says):

@@ -10,8 +10,8 @@ import json
 
 import pytest
 
-from app.stack import ROOT, reserve_port
-from tests.nginx.ways import way
+from app.stack import ROOT
+from tests.nginx.ways import Way, way
 from tests.scripted_server import Exchange, serving
 from tests.test_runs import CHAT, DONE, JSON, finish, token
 
@@ -19,20 +19,11 @@ BODY = json.dumps(CHAT).encode()
 
 
 @pytest.fixture
-def port():
-    """Where the model is."""
-    port, holder = reserve_port()
-    yield port
-    if holder:
-        holder.close()
-
-
-@pytest.fixture
-def kit(stack, port):
+def kit(stack, model_port):
     """Start the kit in front of that model, with these options of nginx."""
 
     async def start(**nginx_options):
-        env = {"SSE_LLM_BASE_URL": f"http://127.0.0.1:{port}/v1"}
+        env = {"SSE_LLM_BASE_URL": f"http://127.0.0.1:{model_port}/v1"}
         return await asyncio.to_thread(stack, apps=1, redis=False, env=env, nginx_options=nginx_options)
 
     return start
@@ -42,10 +33,8 @@ def text(answer) -> str:
     return "".join(json.loads(event.data)["text"] for event in answer.events if event.event == "run.token")
 
 
-async def test_first_tokens(kit, port, tls, way_name):
-    """
-    The head is read before the first token is made, and the first token before the second is.
-    """
+async def told_step_by_step(front: Way, port: int) -> None:
+    """Fail unless the head is read before the first token is made, and that token before the second is."""
     order = []
     head_read, first_read = asyncio.Event(), asyncio.Event()
 
@@ -59,8 +48,7 @@ async def test_first_tokens(kit, port, tls, way_name):
             await exchange.writer.drain()
         return False
 
-    nginx = (await kit(tls=None if way_name == "plain" else tls)).nginx
-    async with serving(model, port=port, seconds=60), way(way_name, nginx.port) as front:
+    async with serving(model, port=port, seconds=60):
         answer = await front.ask("/runs", JSON, method="POST", body=BODY)
         await answer.until(lambda answer: [event.event for event in answer.events] == ["stream.open"])
         order.append("head")
@@ -74,7 +62,16 @@ async def test_first_tokens(kit, port, tls, way_name):
     assert ["head", "made", "first", "made"] == order
 
 
-async def test_model_that_thinks(kit, port):
+async def test_first_tokens(kit, model_port, tls, way_name):
+    """
+    The head is read before the first token is made, and the first token before the second is.
+    """
+    nginx = (await kit(tls=None if way_name == "plain" else tls)).nginx
+    async with way(way_name, nginx.port) as front:
+        await told_step_by_step(front, model_port)
+
+
+async def test_model_that_thinks(kit, model_port):
     """
     A model may be silent for longer than nginx waits for an answer of the API.
     """
@@ -92,7 +89,7 @@ async def test_model_that_thinks(kit, port):
 
     files = {"snippets/sse-api.conf": api.replace("proxy_read_timeout 15s;", "proxy_read_timeout 1s;")}
     nginx = (await kit(files=files)).nginx
-    async with serving(model, port=port, seconds=60), way("plain", nginx.port) as front:
+    async with serving(model, port=model_port, seconds=60), way("plain", nginx.port) as front:
         answer = await front.ask("/runs", JSON, method="POST", body=BODY)
         await answer.until(lambda answer: answer.ended)
 

@@ -49,6 +49,16 @@ class TestSize:
         assert memory("50000", "--way", "plain") < memory("50000", "--way", "h2") < memory("50000", "--way", "tls")
         assert 1.8 < memory("100000") / memory("50000") < 2.2
 
+    def test_readme(self):
+        """The README has the figures that are counted with."""
+        readme = (ROOT / "nginx/README.md").read_text()
+        rows = dict(re.findall(r"(?m)^\| (plain|TLS, HTTP/1|TLS, HTTP/2).*?\| ([0-9.]+) KB \|", readme))
+
+        for name, way in (("plain", "plain"), ("TLS, HTTP/1", "tls"), ("TLS, HTTP/2", "h2")):
+            counted = printed("1000", "--way", way).stdout
+            assert f"({float(rows[name]):g} KB per stream, 7.4 KB in the kernel" in counted
+        assert "the table's KB + 7.4 KB" in readme
+
     @pytest.mark.parametrize("arguments", [("0",), ("many",), (), ("10", "--nofile", "7"), ("10", "--way", "udp")])
     def test_bad_input(self, arguments):
         """A wrong number is one line and exit status 2."""
