@@ -27,6 +27,10 @@ from app.register import LIVE_SECONDS, LOOK_SECONDS, Record, Register
 _MOST_WAITING = 65_536
 # One event's text at most; JSON can make six bytes of each.
 _MOST_TEXT = 8_000
+# So many runs of which nobody was told whether they were entered are kept in mind, and
+# what was entered is declared lost after so many looks, if nobody asked for it again.
+_MOST_UNSURE = 1_000
+_UNSURE_LOOKS = 5
 # Progress is for people: no more often than this.
 _PROGRESS_SECONDS = 0.1
 
@@ -179,6 +183,8 @@ class Runs:
         self._logger = logger or structlog.get_logger()
         self._making: dict[str, _Making] = {}
         self._orphans: dict[str, Record] = {}
+        # Nobody was told whether these were entered; and how often they were looked for since.
+        self._unsure: dict[str, tuple[Record, int]] = {}
         self._renewed_at = 0.0
         self._begun = asyncio.Event()  # a run, since the last look
 
@@ -192,9 +198,22 @@ class Runs:
         Raises:
             LogUnavailable: nothing was begun.
         """
-        known = await self.register.start(record, self._max_seconds + self._keep_seconds)
+        try:
+            known = await self.register.start(record, self._max_seconds + self._keep_seconds)
+        except BaseException:
+            # The log is away, or the client has gone. It may have been entered all the
+            # same, and then nobody would ever end it.
+            if record.id not in self._making:
+                self._unsure[record.id] = record, 0
+                if len(self._unsure) > _MOST_UNSURE:
+                    del self._unsure[next(iter(self._unsure))]
+            raise
         if known is not None:
-            return known
+            if record.id not in self._unsure or known != record or not await self.register.renew():
+                return known
+            if record.id not in self._unsure:
+                return known  # somebody else has begun it meanwhile
+        self._unsure.pop(record.id, None)
         self._renewed_at = time.monotonic()
         self._begun.set()
         making = self._making[record.id] = _Making(record, work)
@@ -216,6 +235,7 @@ class Runs:
             try:
                 if self._making and await self.register.renew():
                     self._renewed_at = time.monotonic()
+                await self._look_for_unsure()
                 orphans, makers = await self.register.orphans()
                 for record in orphans:
                     self._orphans[record.id] = record
@@ -376,6 +396,18 @@ class Runs:
                 return await self._log.publish(batch)
             except LogUnavailable:
                 await asyncio.sleep(LOOK_SECONDS / 4)
+
+    async def _look_for_unsure(self) -> None:
+        """Find the runs that were entered, as nobody was told, and that nobody makes."""
+        for id, (record, looks) in list(self._unsure.items()):
+            known = await self.register.get(id)
+            if self._unsure.pop(id, None) is None:
+                continue  # it was asked for again meanwhile, and is made
+            if known == record and looks >= _UNSURE_LOOKS:
+                self._orphans[id] = record
+            elif known in (None, record) and looks < 4 * _UNSURE_LOOKS:
+                # Whoever started it may ask again; a frozen Redis may enter it after this look.
+                self._unsure[id] = record, looks + 1
 
     async def _declare_lost(self, record: Record) -> None:
         failure = RunFailure(

@@ -349,6 +349,30 @@ class TestChat:
         assert "".join(texts) == reader.text
         assert "run.done" == reader.last[0]
 
+    @pytest.mark.parametrize("other", [False, True], ids=["asked again there", "asked again elsewhere"])
+    async def test_answer_of_the_register_lost(self, apps, other):
+        """
+        A run that was entered, as nobody was told, is made when it is asked for again; else it ends.
+        """
+        proxy = apps.site.proxy(apps.server)
+        maker = apps.site.app(proxy, **(apps.settings | {"llm_base_url": ""}))
+        headers = {"Idempotency-Key": f"lost-{other}"}
+        body = {**CHAT, "max_tokens": 2}
+        async with started(maker, body) as reader:
+            await reader.until_ended()  # Redis knows the script
+        proxy.swallow = b"fingerprint"
+        answer = await ask(maker.port, "POST", "/runs", headers=JSON | headers, body=json.dumps(body).encode())
+        proxy.swallow = None
+        assert (503, 1) == (answer.status, proxy.swallowed)
+        async with AsyncExitStack() as busy:
+            if other:  # or the others would take it for dead
+                await busy.enter_async_context(started(maker, {**CHAT, "prompt": "Hello " * 2000}))
+            async with started(apps.b if other else maker, body, **headers) as reader:
+                await reader.until_ended()
+
+        expected = ("run.failed", "process_lost") if other else ("run.done", None)
+        assert expected == (reader.last[0], reader.last[1].get("reason"))
+
     async def test_offline_generator(self, apps):
         """
         Without a model the kit answers, and says that no model does.
