@@ -6,7 +6,9 @@ repeat commands behind the kit's back. Whoever uses a client here decides what
 to repeat, and when.
 """
 
+import asyncio
 import re
+from collections.abc import Coroutine
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -82,6 +84,39 @@ def client(url: str, *, timeout_seconds: float, **options: Any) -> "redis.Redis"
         **options,
     )
     return redis.Redis(connection_pool=pool, single_connection_client=single)
+
+
+class Turns:
+    """
+    So many commands at once, and the others after them.
+
+    A pool does not wait: one command more than it has connections fails at once,
+    as if Redis were away.
+
+    Args:
+        most: the connections of the pool.
+        seconds: longest wait for one; then TimeoutError.
+    """
+
+    def __init__(self, most: int, seconds: float) -> None:
+        self._room = asyncio.Semaphore(most)
+        self._seconds = seconds
+
+    async def run(self, command: Coroutine[Any, Any, Any]) -> Any:
+        """Return what *command* returns, when it is its turn."""
+        try:
+            if self._room.locked():
+                async with asyncio.timeout(self._seconds):
+                    await self._room.acquire()
+            else:
+                await self._room.acquire()
+        except BaseException:
+            command.close()
+            raise
+        try:
+            return await command
+        finally:
+            self._room.release()
 
 
 async def close(client: "redis.Redis") -> None:

@@ -22,6 +22,7 @@ from app.leases import BATCH, Ask, Held, Lease, LeasesUnavailable, Verdict
 
 # Longest list of topics that a lease keeps, in bytes: it is for people to look at.
 _TOPICS_BYTES = 500
+_CONNECTIONS = 4
 
 # KEYS of each script: processes, control log, then streams and leaving of each user.
 # ARGV of each: limit, how long the keys live (ms), how long notices do (ms), then its own.
@@ -193,7 +194,7 @@ return (until_ms and tonumber(until_ms) > now) and 1 or 0
 
 
 class RedisLeases:
-    """See `app.leases.Store`. One connection, used by one task and by administrators."""
+    """See `app.leases.Store`. Used by one task, and by administrators."""
 
     def __init__(
         self,
@@ -212,7 +213,9 @@ class RedisLeases:
         # No stream is older; so nothing outlives a crowd of processes that died.
         keep_ms = int((max_age_seconds + lease_seconds) * 1000) + 60_000
         self._args: list[str | int] = [limit, keep_ms, keep_ms]
-        self._redis = redis_client.client(url, timeout_seconds=timeout_seconds, max_connections=4)
+        self._redis = redis_client.client(url, timeout_seconds=timeout_seconds, max_connections=_CONNECTIONS)
+        # One is always left for the task: without it this process would count alone.
+        self._turns = redis_client.Turns(_CONNECTIONS - 1, timeout_seconds)
         self._scripts = {
             text: self._redis.register_script(text) for text in (_WORK, _RESTORE, _HELD, _REVOKE, _RENEW)
         }
@@ -251,7 +254,7 @@ class RedisLeases:
         return over
 
     async def held(self, user: str) -> list[Held]:
-        [(now, streams, leaving)] = await self._run([self._call(_HELD, user)])
+        [(now, streams, leaving)] = await _told(self._turns.run(self._run([self._call(_HELD, user)])))
         found = []
         for member, value in zip(streams[::2], streams[1::2], strict=True):
             _, process, stream = member.decode().split("/", 2)
@@ -261,7 +264,7 @@ class RedisLeases:
         return sorted(found, key=lambda held: -held.seconds)
 
     async def revoke(self, user: str) -> int:
-        [count] = await self._run([self._call(_REVOKE, user, user)])
+        [count] = await _told(self._turns.run(self._run([self._call(_REVOKE, user, user)])))
         return int(count)
 
     async def leave(self) -> None:

@@ -13,6 +13,8 @@ from app import redis_client
 from app.log import LogUnavailable
 from app.register import LIVE_SECONDS, Record
 
+_CONNECTIONS = 16
+
 _NOW = """
 local time = redis.call('TIME')
 local now = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
@@ -86,7 +88,8 @@ class RedisRegister:
         self._run_prefix = f"{{{prefix}}}:run:"
         self._runs_prefix = f"{{{prefix}}}:runs:"
         self._makers_key = f"{{{prefix}}}:makers"
-        self._client = redis_client.client(url, timeout_seconds=timeout_seconds, max_connections=16)
+        self._client = redis_client.client(url, timeout_seconds=timeout_seconds, max_connections=_CONNECTIONS)
+        self._turns = redis_client.Turns(_CONNECTIONS, timeout_seconds)
         self._live_ms = int(LIVE_SECONDS * 1000)
         self._start = self._client.register_script(_START)
         self._end = self._client.register_script(_END)
@@ -130,7 +133,7 @@ class RedisRegister:
 
     async def _told(self, answer: Any) -> Any:
         try:
-            return await answer
+            return await self._turns.run(answer)
         except ResponseError as error:
             raise LogUnavailable(str(error)) from error
         except (RedisError, OSError, TimeoutError) as error:

@@ -16,6 +16,8 @@ from app.log import LogUnavailable
 from app.redis_log import _told as told
 from app.tickets import Ticket, holder, read_ticket, user_key, write_ticket
 
+_CONNECTIONS = 64
+
 _NOW = """
 local time = redis.call('TIME')
 local now = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
@@ -102,7 +104,8 @@ class RedisTickets:
         self._use_ms = int(use_seconds * 1000)
         self._max_ms = int(max_seconds * 1000)
         self._salt = b""
-        self._client: Any = redis_client.client(url, timeout_seconds=timeout_seconds, max_connections=64)
+        self._client: Any = redis_client.client(url, timeout_seconds=timeout_seconds, max_connections=_CONNECTIONS)
+        self._turns = redis_client.Turns(_CONNECTIONS, timeout_seconds)
         script = self._client.register_script
         self._make, self._find, self._hold = script(_MAKE), script(_FIND), script(_HOLD)
         self._renew, self._revoke, self._revoke_all = script(_RENEW), script(_REVOKE), script(_REVOKE_ALL)
@@ -129,7 +132,7 @@ class RedisTickets:
         return None if before is None else before.decode()
 
     async def serves(self, ticket: str) -> str | None:
-        held = await told(self._client.hget(self._key(ticket), "stream"))
+        held = await self._told(self._client.hget(self._key(ticket), "stream"))
         return None if held is None else held.decode()
 
     async def renew(self, ticket: str, caller: Caller) -> None:
@@ -151,11 +154,14 @@ class RedisTickets:
 
     async def _run(self, script: Any, keys: list[str], args: Sequence[str | int] = ()) -> Any:
         try:
-            return await told(script(keys=keys, args=args))
+            return await self._told(script(keys=keys, args=args))
         except LogUnavailable:
             # Once more: the connection may be one that a restart has cut, and
             # every script here does the same when it runs again.
-            return await told(script(keys=keys, args=args))
+            return await self._told(script(keys=keys, args=args))
+
+    async def _told(self, command: Any) -> Any:
+        return await told(self._turns.run(command))
 
     def _rights(self, caller: Caller) -> list[str | int]:
         ends = "" if caller.expires_at is None else str(int(caller.expires_at * 1000))
@@ -171,6 +177,6 @@ class RedisTickets:
         """Return what keeps users' keys from being guessed; the same in every process."""
         if not self._salt:
             name = f"{self._prefix}-salt"
-            await told(self._client.set(name, secrets.token_hex(16), nx=True))
-            self._salt = await told(self._client.get(name))
+            await self._told(self._client.set(name, secrets.token_hex(16), nx=True))
+            self._salt = await self._told(self._client.get(name))
         return self._salt

@@ -10,9 +10,14 @@ from pathlib import Path
 import pytest
 
 from app import redis_client
+from app.access import Caller
 from app.log import Batch, Draft, LogUnavailable, Position
 from app.redis_client import SentinelAddress, sentinel_address
+from app.redis_leases import RedisLeases
 from app.redis_log import RedisLog
+from app.redis_register import RedisRegister
+from app.redis_tickets import RedisTickets
+from app.register import Record
 from app.stack import Redis
 from tests.faults.parts import Sentinel, connect, follow, sentinel_url
 from tests.live import becomes, eventually, frozen
@@ -194,3 +199,45 @@ class TestWaitForReplicas:
                 hands.script_flush()
 
             assert 1 == len(await log.publish(batch("one")))
+
+
+class TestCrowd:
+    """More commands at once than there are connections: they wait for each other, and none fails."""
+
+    async def test_tickets(self, module_redis_server: Redis):
+        """A storm of reconnects finds its tickets."""
+        store = RedisTickets(module_redis_server.url, prefix="crowd", use_seconds=30, max_seconds=60, timeout_seconds=30)
+        ticket = await store.make(Caller("alice"))
+        found = await asyncio.gather(*(store.find(ticket.text) for _ in range(300)), return_exceptions=True)
+        await store.close()
+
+        assert ["alice"] * 300 == [getattr(each, "user", each) for each in found]
+
+    async def test_runs(self, module_redis_server: Redis):
+        """Many readers ask for their run."""
+        register = RedisRegister(module_redis_server.url, "a", prefix="crowd", timeout_seconds=30)
+        await register.start(Record("r", "chat", None, "a", "f"), 60)
+        found = await asyncio.gather(*(register.get("r") for _ in range(300)), return_exceptions=True)
+        await register.close()
+
+        assert ["r"] * 300 == [getattr(each, "id", each) for each in found]
+
+    async def test_administrators(self, module_redis_server: Redis):
+        """Administrators do not take the connection by which this process asks for places."""
+        options = {"limit": 1, "lease_seconds": 60, "max_age_seconds": 60, "timeout_seconds": 30}
+        store = RedisLeases(module_redis_server.url, "a", prefix="crowd", **options)  # type: ignore[arg-type]
+        asked = [store.held("alice") for _ in range(100)] + [store.revoke("alice") for _ in range(100)]
+        *looked, alive = await asyncio.gather(*asked, store.renew(), return_exceptions=True)
+        await store.close()
+
+        assert [[]] * 100 + [0] * 100 == looked
+        assert alive is False
+
+    async def test_nobody_is_served(self, module_redis_server: Redis):
+        """Who finds no connection in time is told that Redis does not answer."""
+        register = RedisRegister(module_redis_server.url, "a", prefix="crowd", timeout_seconds=0.3)
+        with frozen(module_redis_server):
+            found = await asyncio.gather(*(register.get("r") for _ in range(40)), return_exceptions=True)
+        await register.close()
+
+        assert {LogUnavailable} == {type(each) for each in found}
