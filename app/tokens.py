@@ -89,7 +89,7 @@ class Tokens:
         except (jwt.PyJWTError, ValueError, RecursionError):
             refuse("token", "must have a header that is a JSON object, without critical extensions")
         algorithm, kid = header.get("alg"), header.get("kid")
-        if algorithm not in self.keys.algorithms:
+        if not isinstance(algorithm, str) or algorithm not in self.keys.algorithms:
             refuse("alg", f"must be one of {', '.join(sorted(self.keys.algorithms))}", _short(algorithm))
         if kid is not None and not isinstance(kid, str):
             refuse("kid", "must be a string", _short(kid))

@@ -110,6 +110,7 @@ TOKENS = [
     (".".join([SIGNED.split(".")[0], sign(right("bob")).split(".")[1], SIGNED.split(".")[2]]), "token", "signature"),
     # How it is signed
     (sign(right(), header={"alg": "none"}), "alg", "one of HS256"),
+    (sign(right(), header={"alg": ["HS256"]}), "alg", "one of HS256"),
     (sign(right(), header={"alg": "none"}).rsplit(".", 1)[0] + ".", "alg", "one of HS256"),
     (sign(right(), header={"alg": "None"}), "alg", "one of HS256"),
     (sign(right(), header={"alg": "hs256"}), "alg", "one of HS256"),
