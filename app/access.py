@@ -120,11 +120,7 @@ class Access:
     async def _of_ticket(self, ticket: str) -> Caller:
         caller = None if self._find is None else await self._find(ticket)
         if caller is None:
-            refuse(
-                "ticket",
-                "must be one that was used soon after it was made, is not over and was not revoked",
-                cure="Get a new one: POST /tickets.",
-            )
+            refuse_ticket()
         return caller
 
     def _check_origin(self, headers: Fields) -> None:
@@ -158,6 +154,15 @@ def refuse(name: str, rule: str, value: object = None, cure: str = "Get a new to
     """
     challenge = "Bearer" if name == "token" and value is None else 'Bearer error="invalid_token"'
     raise Problem(401, "unauthorized", name, rule, value, cure, {"WWW-Authenticate": challenge}) from None
+
+
+def refuse_ticket() -> NoReturn:
+    """Raise the Problem of a ticket that is none, or none any more."""
+    refuse(
+        "ticket",
+        "must be one that was used soon after it was made, is not over and was not revoked",
+        cure="Get a new one: POST /tickets.",
+    )
 
 
 def own_topic(user: str) -> str:

@@ -337,7 +337,9 @@ class Leases:
 
     def heed_revoke(self, fields: dict[str, str]) -> None:
         """End all streams of the user."""
-        for lease in self._places.of(fields.get("user", "")):
+        user = fields.get("user", "")
+        # Also those that wait for a place: they would get that of one which ends now.
+        for lease in [own.lease for own in self._own.values() if own.lease.user == user]:
             self.end(lease.stream, "revoked")
 
     # --- for administrators --------------------------------------------------

@@ -54,14 +54,17 @@ end
 return {found[1], found[3]}
 """
 
-# KEYS: ticket. ARGV: stream. When it runs again it says the same again.
+# KEYS: ticket, when its user's were revoked. ARGV: stream. When it runs again it says
+# the same again. It may have ended since it was found: its client waited meanwhile.
 _HOLD = """
-if redis.call('EXISTS', KEYS[1]) == 0 then return nil end
-local held = redis.call('HMGET', KEYS[1], 'stream', 'before')
-if held[1] == ARGV[1] then return held[2] end
+local held = redis.call('HMGET', KEYS[1], 'stream', 'before', 'made')
+if not held[3] then return nil end
+local revoked = redis.call('GET', KEYS[2])
+if revoked and tonumber(held[3]) <= tonumber(revoked) then return nil end
+if held[1] == ARGV[1] then return held[2] or '' end
 if held[1] then redis.call('HSET', KEYS[1], 'before', held[1]) end
 redis.call('HSET', KEYS[1], 'stream', ARGV[1])
-return held[1]
+return held[1] or ''
 """
 
 # KEYS, ARGV: as for making one.
@@ -127,8 +130,9 @@ class RedisTickets:
         user, subscribe = json.loads(found[0])
         return holder(Caller(user, tuple(subscribe)), int(found[1]) / 1000, digest)
 
-    async def hold(self, ticket: str, stream: str) -> str | None:
-        before = await self._run(self._hold, keys=[self._key(ticket)], args=[stream])
+    async def hold(self, ticket: str, stream: str, user: str | None) -> str | None:
+        key = user_key(await self._salted(), user)
+        before = await self._run(self._hold, keys=[self._key(ticket), self._revoked_key(key)], args=[stream])
         return None if before is None else before.decode()
 
     async def serves(self, ticket: str) -> str | None:

@@ -11,7 +11,7 @@ from urllib.parse import unquote_to_bytes
 from quart import Blueprint, Response, abort, request, send_from_directory
 from werkzeug.exceptions import HTTPException
 
-from app.access import BROADCAST, Caller
+from app.access import BROADCAST, Caller, refuse_ticket
 from app.edge import soft_fail, wants_soft_fail
 from app.event import (
     RUN_TOPICS,
@@ -274,8 +274,10 @@ async def open_stream(
     if caller.user is not None or caller.ticket is not None:
         kit.control.coming[stream.id] = stream
     if caller.ticket is not None:
-        before = await kit.tickets.hold(caller.ticket, stream.id)
-        if before is not None:
+        before = await kit.tickets.hold(caller.ticket, stream.id, caller.user)
+        if before is None:
+            refuse_ticket()  # it was revoked while its client was on its way
+        if before:
             await kit.control.end(before, "evicted")
     # Last, so that nothing can go wrong between getting a place and giving it back.
     if caller.user is not None:

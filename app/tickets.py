@@ -46,8 +46,13 @@ class Tickets(Protocol):
         within SSE_TICKET_USE_SECONDS.
         """
 
-    async def hold(self, ticket: str, stream: str) -> str | None:
-        """Let *stream* be the one that *ticket* (its hash) serves; return the one before."""
+    async def hold(self, ticket: str, stream: str, user: str | None) -> str | None:
+        """
+        Let *stream* be the one that *ticket* (its hash) of *user* serves.
+
+        Returns:
+            The stream before, "" where there was none; None where the ticket is over.
+        """
 
     async def serves(self, ticket: str) -> str | None:
         """Return the stream that *ticket* (its hash) serves, or has served last."""
@@ -129,11 +134,11 @@ class MemoryTickets:
         kept.use_until = 0
         return kept.caller
 
-    async def hold(self, ticket: str, stream: str) -> str | None:
+    async def hold(self, ticket: str, stream: str, user: str | None) -> str | None:
         kept = self._alive(ticket)
         if kept is None:
             return None
-        before, kept.stream = kept.stream, stream
+        before, kept.stream = kept.stream or "", stream
         return before
 
     async def serves(self, ticket: str) -> str | None:

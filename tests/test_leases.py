@@ -661,6 +661,23 @@ class TestOneProcess:
         await becomes(lambda: _holds_none(a), "no place left")
         assert 0 == await a.leases.revoke("u")
 
+    async def test_revoked_while_waiting(self, sides, monkeypatch):
+        """
+        A stream that waits for the place of one that is ended is ended, too.
+        """
+        monkeypatch.setattr(leases, "EVICT_SECONDS", 20.0)
+        a, b = await sides("a", "b", limit=1)
+        await a.connect()
+        a.stubborn = True
+        waiting = asyncio.create_task(b.connect())
+        await becomes(lambda: _leaving(a), "one that has to leave")
+        a.stubborn = False
+        await a.leases.revoke("u")
+        await becomes(lambda: _is(lambda: "b-1" in b.doomed), "it is to end")
+        await waiting
+        assert [] == b.streams
+        await becomes(lambda: _holds_none(a), "no place left")
+
     async def test_other_processes_and_other_words(self, sides):
         """
         A notice for somebody else, or in another form, is passed over.

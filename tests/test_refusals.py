@@ -6,6 +6,7 @@ What is refused takes no slot, opens no stream, and is nobody else by mistake.
 
 import asyncio
 import json
+import threading
 import time
 from typing import Any
 from urllib.parse import quote
@@ -398,6 +399,24 @@ class TestTicket:
                 assert 204 == (await ask(server.port, "DELETE", f"/tickets?ticket={ticket}")).status
             assert "revoked" == await asyncio.to_thread(ended, server, stream)
         await self.refused(server, ticket)
+
+    async def test_revoked_on_the_way(self, server, monkeypatch):
+        """It opens nothing for a client that it let in before, and whose position is still looked for."""
+        looks, revoked = threading.Event(), threading.Event()
+
+        async def located(id: str) -> str:
+            looks.set()
+            await asyncio.to_thread(revoked.wait, 60)
+            return "unknown_position"
+
+        monkeypatch.setattr(server.kit.reader, "located", located)
+        ticket = await self.ticket(server)
+        path, headers = f"{EVENTS}&ticket={ticket}", {"Last-Event-ID": "a:1-0"}
+        coming = asyncio.create_task(refused(server, 401, "ticket", "soon after", path=path, headers=headers))
+        assert await asyncio.to_thread(looks.wait, 60)
+        assert 204 == (await ask(server.port, "DELETE", f"/tickets?ticket={ticket}")).status
+        revoked.set()
+        await coming
 
     async def test_for_two_streams(self, server):
         """It serves one stream at a time: the new one begins, and the one before ends."""

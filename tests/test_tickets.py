@@ -93,7 +93,7 @@ class TestTime:
         await asyncio.sleep(1.1)
 
         assert await store.find(ticket.text) is None
-        assert await store.hold(read_ticket(ticket.text)[1], "s-1") is None
+        assert await store.hold(read_ticket(ticket.text)[1], "s-1", "alice") is None
 
     async def test_longest(self, make):
         """It ends at SSE_TICKET_MAX_SECONDS where the token lives longer, or for ever."""
@@ -133,7 +133,7 @@ class TestStreams:
         held = read_ticket(ticket.text)[1]
 
         assert await make().serves(held) is None
-        assert [None, "s-1", "s-2"] == [await make().hold(held, stream) for stream in ("s-1", "s-2", "s-3")]
+        assert ["", "s-1", "s-2"] == [await make().hold(held, stream, "alice") for stream in ("s-1", "s-2", "s-3")]
         assert "s-3" == await make().serves(held)
 
     async def test_asked_again(self, module_redis_server):
@@ -142,7 +142,8 @@ class TestStreams:
         ticket = await store.make(ALICE)
         held = read_ticket(ticket.text)[1]
 
-        assert [None, None, "s-1", "s-1"] == [await store.hold(held, stream) for stream in ("s-1", "s-1", "s-2", "s-2")]
+        names = ("s-1", "s-1", "s-2", "s-2")
+        assert ["", "", "s-1", "s-1"] == [await store.hold(held, name, "alice") for name in names]
         await store.close()
 
     async def test_race(self, make):
@@ -152,7 +153,7 @@ class TestStreams:
         await stores[0].find(ticket.text)
         held = read_ticket(ticket.text)[1]
         names = [f"s-{number}" for number in range(40)]
-        before = await asyncio.gather(*(stores[n % 4].hold(held, name) for n, name in enumerate(names)))
+        before = await asyncio.gather(*(stores[n % 4].hold(held, name, "alice") for n, name in enumerate(names)))
 
         assert 40 == len(set(before))
         assert 39 == len(set(before) & set(names))
@@ -163,7 +164,7 @@ class TestRevocation:
         """A revoked ticket is none, everywhere; the stream it served is named."""
         ticket, other = await make().make(ALICE), await make().make(ALICE)
         await make().find(ticket.text)
-        await make().hold(read_ticket(ticket.text)[1], "s-1")
+        await make().hold(read_ticket(ticket.text)[1], "s-1", "alice")
 
         assert "s-1" == await make().revoke(ticket.text)
         assert await make().revoke(ticket.text) is None
@@ -182,6 +183,17 @@ class TestRevocation:
         assert [None, None] == [await make().find(ticket.text) for ticket in before]
         assert await make().find(after.text)
         assert await make().find(bob.text)
+
+    @pytest.mark.parametrize("how", ["one", "all"])
+    async def test_on_the_way(self, make, how):
+        """Who was let in by a ticket that is revoked before its stream begins gets none."""
+        ticket, bob = await make().make(ALICE), await make().make(Caller("bob"))
+        for each in (ticket, bob):
+            assert await make().find(each.text)
+        await (make().revoke(ticket.text) if how == "one" else make().revoke_all("alice"))
+
+        assert await make().hold(read_ticket(ticket.text)[1], "s-1", "alice") is None
+        assert "" == await make().hold(read_ticket(bob.text)[1], "s-2", "bob")
 
 
 class TestStore:
