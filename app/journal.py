@@ -13,7 +13,8 @@ import secrets
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from contextlib import suppress
+from typing import Any, cast
 from urllib.parse import unquote
 
 import orjson
@@ -51,7 +52,7 @@ def configure(settings: Settings) -> None:
                 structlog.processors.JSONRenderer(serializer=_json),
             ],
             wrapper_class=structlog.make_filtering_bound_logger(level),
-            logger_factory=structlog.BytesLoggerFactory(sys.stderr.buffer),
+            logger_factory=structlog.BytesLoggerFactory(cast(Any, _Sure(sys.stderr.buffer))),
             cache_logger_on_first_use=True,
         )
     else:
@@ -63,7 +64,7 @@ def configure(settings: Settings) -> None:
                 ),
             ],
             wrapper_class=structlog.make_filtering_bound_logger(level),
-            logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+            logger_factory=structlog.PrintLoggerFactory(cast(Any, _Sure(sys.stderr))),
             cache_logger_on_first_use=True,
         )
     # Libraries write through the standard library: give their lines the same form.
@@ -72,6 +73,26 @@ def configure(settings: Settings) -> None:
 
 def _json(line: Any, **options: Any) -> bytes:
     return orjson.dumps(line, default=options.get("default"))
+
+
+class _Sure:
+    """
+    A file that takes every line, also where that is lost: a full disk, a reader that died.
+
+    Lines are written wherever a stream begins or ends; an error there would end
+    the process for nothing but its line.
+    """
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+
+    def write(self, line: Any) -> None:
+        with suppress(OSError, ValueError):
+            self._file.write(line)
+
+    def flush(self) -> None:
+        with suppress(OSError, ValueError):
+            self._file.flush()
 
 
 class _ThroughStructlog(logging.Handler):

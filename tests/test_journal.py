@@ -4,11 +4,12 @@ What one process writes: a line when a stream opens and one when it ends, with w
 
 import asyncio
 import json
+import os
 import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -282,6 +283,45 @@ class TestFormats:
         What is less severe than SSE_LOG_LEVEL is not written.
         """
         assert count == len(written(SSE_LOG_FORMAT="json", SSE_LOG_LEVEL=level).splitlines())
+
+
+@pytest.fixture(params=["json", "console"])
+def unread(request, free_port) -> Iterator[int]:
+    """A process whose standard error was closed when it served."""
+    settings = {"SSE_LOG_FORMAT": request.param, "SSE_PORT": str(free_port), "SSE_METRICS_PORT": "0"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "app"], cwd=ROOT, env={"PATH": os.environ["PATH"]} | settings, stderr=subprocess.PIPE
+    )
+    try:
+        assert process.stderr
+        while b"window_loaded" not in process.stderr.readline():
+            assert process.poll() is None
+        process.stderr.close()
+        yield free_port
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+class TestNobodyReads:
+    async def test_streams_go_on(self, unread):
+        """
+        Where standard error is closed, streams begin, read and end as before.
+        """
+        await becomes(lambda: _answers(unread), "it serves")
+        for number in range(3):
+            async with subscribed(unread, "t") as stream:
+                body = json.dumps(event(number)).encode()
+                await ask(unread, "POST", "/publish", headers={"Content-Type": "application/json"}, body=body)
+                await stream.until_data(str(number))
+        assert 404 == (await ask(unread, "GET", "/nowhere")).status
+
+
+async def _answers(port: int) -> bool:
+    try:
+        return (await ask(port, "GET", "/readyz")).status == 200
+    except OSError:
+        return False
 
 
 class TestDrain:
