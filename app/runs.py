@@ -25,7 +25,7 @@ from app.register import LIVE_SECONDS, LOOK_SECONDS, Record, Register
 
 # Text that waits for the log before its maker has to wait, in characters.
 _MOST_WAITING = 65_536
-# One event's text at most; JSON can make six bytes of each.
+# One event's text at most, in characters; JSON can make twelve bytes of each (two escapes).
 _MOST_TEXT = 8_000
 # So many runs of which nobody was told whether they were entered are kept in mind, and
 # what was entered is declared lost after so many looks, if nobody asked for it again.
@@ -65,7 +65,8 @@ class Teller:
     a clock, and a fast model does not make an event of every syllable.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, most_text: int = _MOST_TEXT) -> None:
+        self._most_text = most_text
         self._text: list[str] = []
         self._size = 0
         self._progress: dict[str, Any] | None = None
@@ -75,7 +76,8 @@ class Teller:
 
     async def token(self, text: str) -> None:
         """Append *text* to what the readers see; waits while the log is far behind."""
-        self._text += [text[at : at + _MOST_TEXT] for at in range(0, len(text), _MOST_TEXT)]
+        most = self._most_text
+        self._text += [text[at : at + most] for at in range(0, len(text), most)]
         self._size += len(text)
         self._told.set()
         while self._size > _MOST_WAITING and not self._over:
@@ -123,7 +125,7 @@ class Teller:
     def _take(self) -> list[str]:
         texts: list[str] = []
         for text in self._text:
-            if texts and len(texts[-1]) + len(text) <= _MOST_TEXT:
+            if texts and len(texts[-1]) + len(text) <= self._most_text:
                 texts[-1] += text
             else:
                 texts.append(text)
@@ -144,11 +146,11 @@ class _Lost(Exception):
 class _Making:
     """One run that this process makes."""
 
-    def __init__(self, record: Record, work: Work) -> None:
+    def __init__(self, record: Record, work: Work, most_text: int) -> None:
         self.record = record
         self.topic = RUN_TOPICS + record.id
         self.work = work
-        self.teller = Teller()
+        self.teller = Teller(most_text)
         self.task: asyncio.Task[dict[str, Any]] | None = None
         self.whole: asyncio.Task[None] | None = None
         self.stopped: RunFailure | None = None
@@ -180,6 +182,8 @@ class Runs:
         # Records outlive the run's events in the log.
         self._keep_seconds = keep_seconds
         self._max_event_bytes = max_event_bytes
+        # A larger event reaches nobody.
+        self._most_text = max(1, min(_MOST_TEXT, (max_event_bytes - 20) // 12))
         self._logger = logger or structlog.get_logger()
         self._making: dict[str, _Making] = {}
         self._orphans: dict[str, Record] = {}
@@ -216,7 +220,7 @@ class Runs:
         self._unsure.pop(record.id, None)
         self._renewed_at = time.monotonic()
         self._begun.set()
-        making = self._making[record.id] = _Making(record, work)
+        making = self._making[record.id] = _Making(record, work, self._most_text)
         self._tally.runs_started += 1
         self._tally.runs_open = len(self._making)
         self._logger.info("run_started", run=record.id, kind=record.kind, user=record.user)

@@ -42,6 +42,7 @@ from tests.live import (
     frozen,
     logged,
     metrics,
+    shared,
 )
 from tests.scripted_server import Exchange, dropped, serving, silent, status, stream
 
@@ -385,6 +386,19 @@ class TestChat:
         assert "This is the kit's offline generator, not a model: it understands nothing." == reader.text
         assert "offline generator" == reader.last[1]["model"]
 
+
+    async def test_longer_than_an_event(self):
+        """
+        A token that is longer than SSE_MAX_EVENT_BYTES comes in several events, and whole.
+        """
+        word = "w" * 6_000 + "\U0001f600" * 500
+        assert shared.LIMITS["max_event_bytes"] == 5_000
+
+        async with started(shared.app, {**CHAT, "prompt": word}) as reader:
+            await reader.until_ended()
+
+        assert reader.text.endswith(f"You wrote 1 words: {word}")
+        assert "run.done" == reader.last[0]
 
     async def test_first_token_before_the_stream(self, apps):
         """
