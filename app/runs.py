@@ -285,15 +285,18 @@ class Runs:
 
     def _stop(self, id: str, failure: RunFailure) -> None:
         making = self._making.get(id)
-        if making is not None and making.task is not None and making.stopped is None:
+        if making is not None and making.stopped is None:
             making.stopped = failure
-            making.task.cancel()
+            if making.task is not None:
+                making.task.cancel()
 
     async def _make(self, making: _Making) -> None:
         record, teller = making.record, making.teller
         began = time.monotonic()
         writer = asyncio.ensure_future(teller.write(lambda events: self._publish(making, events)))
         making.task = asyncio.ensure_future(self._within(making))
+        if making.stopped is not None:  # before it had its first turn
+            making.task.cancel()
         how = "failed"
         try:
             await asyncio.wait([making.task, writer], return_when=asyncio.FIRST_COMPLETED)

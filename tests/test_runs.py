@@ -43,6 +43,7 @@ from tests.live import (
     logged,
     metrics,
     shared,
+    subscribed,
 )
 from tests.scripted_server import Exchange, dropped, serving, silent, status, stream
 
@@ -399,6 +400,17 @@ class TestChat:
 
         assert reader.text.endswith(f"You wrote 1 words: {word}")
         assert "run.done" == reader.last[0]
+
+    async def test_no_place_for_its_reader(self, apps):
+        """
+        A run whose reader finds no place is not made: nobody would know of it.
+        """
+        app = apps.site.app("", llm_base_url="", limit_streams_per_user=1, limit_policy="reject")
+        async with subscribed(app, "t", query={"user": "alice"}):
+            answer = await ask(app.port, "POST", "/runs?user=alice", headers=JSON, body=json.dumps(CHAT).encode())
+            assert 429 == answer.status
+            [ended] = await becomes(lambda: asyncio.to_thread(lambda: logged(app, "run_ended")), "the run's end")
+        assert "cancelled" == ended["how"]
 
     async def test_first_token_before_the_stream(self, apps):
         """
