@@ -111,6 +111,7 @@ class Opening:
             resumed_from=stream.resumed_from,
             path=path,
         )
+        kit.tally.resumed += bool(stream.resumed_from)
         kit.hub.add(stream, self._preamble())
         kit.control.begun(stream)
         if kit.draining:

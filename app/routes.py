@@ -476,7 +476,6 @@ async def place_of(kit: Kit) -> Place:
     asked = request.headers.get("Last-Event-ID") or asked
     if not asked:
         return Place()
-    kit.tally.resumed += 1
     shown = asked[:200]
     if asked == EARLIEST:
         return Place(shown)

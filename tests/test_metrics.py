@@ -3,6 +3,7 @@ What one process says about itself in numbers: named as Prometheus wants it, on 
 """
 
 import asyncio
+import contextlib
 import re
 import signal
 import socket
@@ -137,6 +138,20 @@ class TestValues:
         assert 15_000 == after["sse_streams_limit"]
         assert 0 <= after["sse_reader_lag_seconds"] < 20
         assert 0 == after["sse_log_gap_total"]
+
+    async def test_resumed_but_refused(self, app):
+        """
+        A position that was sent with a connect that got no stream resumed none.
+        """
+        user = {"user": "resumer"}
+        async with contextlib.AsyncExitStack() as open:
+            for _ in range(10):
+                await open.enter_async_context(subscribed(app, "t", query=user))
+            before = await metrics(app)
+            marked = {"Last-Event-ID": "0:1-1~e"}
+            assert 429 == (await ask(app.port, "GET", "/events?topic=t&user=resumer", headers=marked)).status
+            after = await metrics(app)
+        assert 0 == after["sse_streams_resumed_total"] - before["sse_streams_resumed_total"]
 
     async def test_refusals(self, app):
         """
