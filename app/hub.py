@@ -166,6 +166,10 @@ class Hub:
         self._served: tuple[Sequence[Stream], int, int] | None = None
         self._served_of: object = None
         self._served_set: set[Stream] = set()
+        # A flush that pauses: streams, from where on their turn is still to come, and
+        # what their line has counted for them already.
+        self._ahead: tuple[Sequence[Stream], int, int] | None = None
+        self._ahead_set: set[Stream] = set()
 
     def __len__(self) -> int:
         return len(self.streams)
@@ -264,7 +268,12 @@ class Hub:
                         at += _STRIDE
                     now = clock()
                     if now > until:
+                        if line is not None:
+                            self._ahead = streams, at, packed(events, piece.size)
                         yield
+                        if line is not None:
+                            self._ahead = None
+                            self._ahead_set.clear()
                         now = clock()
                         until = now + self.pace.slice
             now = clock()
@@ -304,7 +313,7 @@ class Hub:
                     sent = 0  # the sink meets the same error, and knows what to do
                 if sent != length and not stream.sink.write(piece, sent):
                     self._hold(stream)
-            elif counted:
+            elif counted and stream.state is not ENDED:
                 stream.sent -= more
         self.counts.deliveries += count * events
         self.counts.bytes += count * piece.size
@@ -677,6 +686,12 @@ class Hub:
             stream.sent += line.sent
             if not line.streams:
                 self._drop_line(topic)
+        if self._ahead is not None:
+            streams, at, more = self._ahead
+            if not self._ahead_set:
+                self._ahead_set = set(streams[at:])
+            if stream in self._ahead_set:
+                stream.sent -= more
         slot = self._wheel.get(stream.due)
         if slot is not None:
             slot.pop(stream, None)

@@ -1284,6 +1284,30 @@ class TestCounts:
             assert (len(sink.data), len(sink.raw)) == (stream.events, stream.bytes)
         assert (9, 5, 6) == (early.events, late.events, slow.events)
 
+    @pytest.mark.parametrize("held", [False, True])
+    def test_ends_in_the_middle_of_a_flush(self, bench, monkeypatch, held):
+        """
+        What a stream was given is true when it ends: also where its turn was still to come, or it is behind.
+        """
+        monkeypatch.setattr(hub_module, "_STRIDE", 1)
+        streams = [bench.open("a") for _ in range(6)]
+        streams[-1][1].room = 0 if held else None
+        bench.publish(("a",))
+        assert held == streams[-1][0].waiting
+        given: dict[Stream, tuple[int, int]] = {}
+        bench.hub.ended = lambda stream: given.update({stream: (stream.events, stream.bytes)})
+        bench.cost = bench.hub.pace.slice
+        flush = bench.hub.flush(bench.read(("a",)))
+        next(flush)
+        bench.cost = 0.0
+        for stream, _ in streams:
+            bench.hub.gone(stream)
+        for _ in flush:
+            pass
+
+        assert {1, 2} == {events for events, _ in given.values()}
+        assert [(len(sink.data), len(sink.raw)) for _, sink in streams] == [given[stream] for stream, _ in streams]
+
 
 class TestPace:
     @pytest.mark.parametrize(
