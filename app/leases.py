@@ -208,6 +208,7 @@ class _Own:
 
     lease: Lease
     placed: bool = False
+    known: bool = True  # the store may have it
     granted: "asyncio.Future[None] | None" = None
 
 
@@ -279,6 +280,7 @@ class Leases:
             process = instead.rpartition("-")[0]
             ask = Ask(lease, evict and self._evicts, write_member(process, instead) if instead else "")
             if self._store is None or self.away:
+                own.known = False
                 verdict = self._take_here(own, ask)
             else:
                 answer: asyncio.Future[Verdict] = asyncio.get_running_loop().create_future()
@@ -307,7 +309,7 @@ class Leases:
         if own is None:
             return
         self._places.drop(own.lease)
-        if self._store is not None:
+        if self._store is not None and own.known:
             self._gone.append(own.lease)
             self._work.set()
 
@@ -487,7 +489,10 @@ class Leases:
                     raise
             self._unsure = False
             # The newest first: as in every eviction, the oldest has to leave.
-            mine = [own.lease for own in reversed(self._own.values()) if own.placed]
+            placed = [own for own in reversed(self._own.values()) if own.placed]
+            for own in placed:
+                own.known = True
+            mine = [own.lease for own in placed]
             if mine and not alive:
                 self._logger.warning("leases_lapsed", leases=len(mine))
             try:

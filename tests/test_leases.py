@@ -735,6 +735,24 @@ class TestRedisAway:
             assert a.leases.away
         await becomes(lambda: _held_are(a, {"a-2"}), "the end is told")
 
+    async def test_who_come_and_go_meanwhile(self, sides, site, server):
+        """
+        What Redis never heard of is not kept for it: an outage may be long. What stays is told, and its end too.
+        """
+        proxy = site.proxy(server)
+        [a] = await sides("a", url=proxy)
+        with proxy.refuse():
+            await a.connect()  # the first one notices
+            assert a.leases.away
+            kept = len(a.leases._gone)
+            for number in range(100):
+                assert await a.connect(f"user-{number}")
+                a.leases.release(f"a-{number + 2}")
+            assert kept == len(a.leases._gone)
+        await becomes(lambda: _held_are(a, {"a-1"}), "what stayed is told")
+        a.leases.release("a-1")
+        await becomes(lambda: _holds_none(a), "its end is told")
+
     async def test_a_silent_redis_is_waited_for_once(self, sides, server):
         """
         The next connects do not wait for it.
