@@ -88,7 +88,7 @@ class Chat:
                 type(error).__name__,
                 "Try again; if it stays, check SSE_LLM_BASE_URL and the model's server.",
             ) from None
-        except EventTooLong as error:
+        except (EventTooLong, httpx2.DecodingError) as error:
             raise _broken(str(error)) from None
         if not answer.done and answer.finish is None:
             raise _broken("the stream ended early")
@@ -140,7 +140,7 @@ class _Answer:
         """Read one event's data; return the text that it adds."""
         try:
             piece = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise _broken(f"each event must be JSON, got {text[:100]!r}") from None
         if not isinstance(piece, dict):
             raise _broken(f"each event must be an object, got {text[:100]!r}")
@@ -252,7 +252,7 @@ async def _refused(response: httpx2.Response, silence: float) -> RunFailure:
     try:
         error = json.loads(said)["error"]
         said = str(error["message"] if isinstance(error, dict) else error)
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         pass
     structlog.get_logger().warning("upstream_refused", status=status, said=said[:500])
     if status in (401, 403):

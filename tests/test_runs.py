@@ -440,6 +440,8 @@ FAILURES = {
     "ended early": (stream(token("half")), "upstream_broken"),
     "no JSON": (stream(b"data: <html>\n\n"), "upstream_broken"),
     "no object": (stream(b"data: 7\n\n"), "upstream_broken"),
+    "nested too deeply": (stream(b"data: " + b"[" * 200_000 + b"\n\n"), "upstream_broken"),
+    "compressed in vain": (stream(token("half"), head="Content-Encoding: gzip\r\n"), "upstream_broken"),
     "an error within": (stream(token("half"), b'data: {"error": {"message": "overloaded"}}\n\n'), "upstream_broken"),
     "silent from the start": (silent, "upstream_silent"),
     "silent in the middle": (stream(token("half"), then="hold"), "upstream_silent"),
