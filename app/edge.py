@@ -67,7 +67,16 @@ class Edge:
         # section 3.2.2), and repeated slashes in front are ignored.
         path = scope["path"]
         if not path.startswith("/"):
-            path = urlsplit(path).path
+            try:
+                path = urlsplit(path).path
+            except ValueError:  # half of an IPv6 address
+                path = None
+            if path is None or not scope["path"]:
+                # Quart and Werkzeug would fail on these.
+                wrong = Problem(400, "invalid", "target", "must be a path or an address", scope["path"], "Begin it with `/`.")
+                self._kit.tally.refuse(wrong.status, wrong.slug)
+                await _answer(wrong.response(), shared, send)
+                return
         if path.lstrip("/") == "runs" and scope["method"] == "POST":
             # Its answer is a stream, too; it has a body, so the route decides.
             await self._open(scope, receive, send, [*shared, *_CLOSE] if self._kit.draining else shared)
@@ -129,18 +138,22 @@ class Edge:
             if self._kit.settings.soft_fail and wants_soft_fail(headers, problem)
             else problem.response()
         )
-        body = await response.get_data(as_text=False)
-        await send(
-            {
-                "type": "http.response.start",
-                "status": response.status_code,
-                "headers": [
-                    *((name.lower().encode(), value.encode()) for name, value in response.headers.items()),
-                    *shared,
-                ],
-            }
-        )
-        await send({"type": "http.response.body", "body": body, "more_body": False})
+        await _answer(response, shared, send)
+
+
+async def _answer(response: Any, shared: Headers, send: Send) -> None:
+    body = await response.get_data(as_text=False)
+    await send(
+        {
+            "type": "http.response.start",
+            "status": response.status_code,
+            "headers": [
+                *((name.lower().encode(), value.encode()) for name, value in response.headers.items()),
+                *shared,
+            ],
+        }
+    )
+    await send({"type": "http.response.body", "body": body, "more_body": False})
 
 
 def _adding(send: Send, headers: Headers) -> Send:

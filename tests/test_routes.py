@@ -184,6 +184,21 @@ class TestTarget:
         finally:
             writer.close()
 
+    @pytest.mark.parametrize("target", ["http://[/events?topic=a", "?topic=a"])
+    async def test_none(self, either, target):
+        """
+        What is no target is refused, and is no fault of the server.
+        """
+        reader, writer = await asyncio.open_connection("127.0.0.1", either.port)
+        try:
+            writer.write(f"GET {target} HTTP/1.1\r\nHost: test\r\n\r\n".encode())
+            async with asyncio.timeout(30):
+                head = await reader.readuntil(b"\r\n\r\n")
+        finally:
+            writer.close()
+        assert head.startswith(b"HTTP/1.1 400 ")
+        assert b"application/problem+json" in head
+
 
 class TestBadStream:
     """Requests for a stream that are the programmer's mistake: refused by status."""
