@@ -255,6 +255,7 @@ async def open_stream(
     *,
     of_run: bool = False,
     of_figures: bool = False,
+    owned: bool = False,
 ) -> Response:
     """Return the answer that is a stream of *topics* from *place*, which *caller* may read."""
     extensions: dict[str, Any] = request.scope["extensions"]
@@ -269,6 +270,7 @@ async def open_stream(
         expires_at=kit.control.expiry(caller),
         ticket=caller.ticket,
         of_run=of_run,
+        owned=owned,
     )
     before = None
     if caller.user is not None or caller.ticket is not None:

@@ -167,7 +167,8 @@ def run_routes(kit: Kit) -> Blueprint:
         return await _stream(record, caller, place)
 
     async def _stream(record: Record, caller: Caller, place: Place) -> Response:
-        response = await open_stream(kit, caller, (RUN_TOPICS + record.id,), place, of_run=True)
+        owned = record.user == caller.user
+        response = await open_stream(kit, caller, (RUN_TOPICS + record.id,), place, of_run=True, owned=owned)
         # What the answer to a POST is a representation of (RFC 9110, section 8.7).
         response.headers["Content-Location"] = f"/runs/{record.id}/events"
         return response

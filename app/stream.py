@@ -103,6 +103,7 @@ class Stream(_Hot):
         "of_run",
         "on_end",
         "opened_at",
+        "owned",
         "pending",
         "queued",
         "reason",
@@ -131,6 +132,7 @@ class Stream(_Hot):
         ticket: str | None = None,
         on_end: Callable[["Stream"], None] | None = None,
         of_run: bool = False,
+        owned: bool = False,
     ) -> None:
         self.id = id
         self.topics = topics
@@ -142,6 +144,7 @@ class Stream(_Hot):
         self.ticket = ticket  # the hash of the ticket that it was opened with
         self.on_end = on_end
         self.of_run = of_run  # ends with its one topic, a run
+        self.owned = owned  # its user made what it reads, and needs no other right to it
         self.sink: Sink = None  # type: ignore[assignment]
         self.send: Callable[[bytes], int] = send_nothing
         self.state = BEHIND

@@ -120,3 +120,41 @@ async def test_runs_are_private(pair, who):
 
     assert ["last"] == live.data == replayed.data
     assert ["run.token", "run.done"] == [event.event for event in allowed.events]
+
+
+@pytest.mark.parametrize("by", [0, 1], ids=["here", "by another process"])
+async def test_renewed_by_who_may_see_it(pair, by):
+    """
+    A token without `admin` does not let the operator's view go on; one with it does.
+    """
+    async with reading(pair[0], path="/operator/events", headers=bearer(token(admin=True))) as stream:
+        await stream.until_open()
+        path = f"/streams/{stream.opened['stream']}/token"
+        answers = [
+            (await ask(pair[by].port, "POST", path, headers=bearer(token(admin=admin)))).status for admin in (False, True)
+        ]
+
+    assert [403, 200] == answers
+
+
+@pytest.mark.parametrize("by", [0, 1], ids=["here", "by another process"])
+async def test_runs_renewed_by_their_makers(pair, by):
+    """
+    Whoever started a run renews its stream with a token that names no run, as they read it with one.
+    """
+    body = {"kind": "chat", "prompt": "Hello " * 200}
+    async with reading(pair[0], body=body, headers=bearer(token("alice", publish=["run:chat"]))) as own:
+        await own.until_open()
+        headers = bearer(token("bob", subscribe=["run:*"]))
+        async with reading(pair[0], path=f"/runs/{own.run}/events", headers=headers) as other:
+            await other.until_open()
+            answers = [
+                (await ask(pair[by].port, "POST", path, headers=bearer(token(who)))).status
+                for who, path in (
+                    ("alice", f"/streams/{own.opened['stream']}/token"),
+                    ("bob", f"/streams/{other.opened['stream']}/token"),
+                )
+            ]
+        await ask(pair[0].port, "DELETE", f"/runs/{own.run}", headers=bearer(token("alice")))
+
+    assert [200, 403] == answers
