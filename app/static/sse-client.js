@@ -439,8 +439,9 @@ export class Stream {
         joined = true;
         if (this.lastEventId && this.lastEventId !== welcome.lastEventId) {
           // As after the cache: it reads by itself what the others had meanwhile.
-          this.#held = [];
-          return this.#open();
+          this.#held = [{ message: { event: "stream.position", text: "", id: welcome.lastEventId } }];
+          this.#open();
+          return this.#join();
         }
       }
       if (this.#held) {
@@ -465,10 +466,10 @@ export class Stream {
     })).catch(() => {}); // it left before its turn came
   }
 
-  // Once both have read the same event, the leader's are enough.
+  // Once it stands where the leader stood, what the leader told since is enough.
   #join() {
     const held = this.#held;
-    if (!held?.some(({ message }) => this.#seen.has(message.id))) return;
+    if (!held?.some(({ message }) => this.#seen.has(message.id) || message.id === this.lastEventId)) return;
     this.#held = null;
     this.#unlink();
     for (const { message, from } of held) this.#take(message, from);

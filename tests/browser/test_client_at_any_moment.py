@@ -494,20 +494,41 @@ class TestOtherTabs:
               requests[0].say(block("a", "4", "e:4"));
               await until(() => leader.read.includes("4"));
               requests[1].stream(opening("e:1"), block("a", "2", "e:2"), block("a", "3", "e:3"));
-              await until(() => back.read.includes("3"));
-              requests[0].say(block("a", "5", "e:5"));
-              await until(() => leader.read.includes("5"));
-              requests[1].say(block("a", "4", "e:4"));
               await until(() => requests[1].ended);
-              requests[0].say(block("a", "6", "e:6"));
-              await until(() => back.read.includes("6"));
+              requests[0].say(block("a", "5", "e:5"));
+              await until(() => back.read.includes("5"));
               return { asked: requests.map(({ url }) => url.searchParams.get("last_event_id")), leader: leader.read, back: back.read };
             }"""
         )
 
         assert [None, "e:1"] == told["asked"]
-        assert list("123456") == told["leader"]
-        assert list("23456") == told["back"]
+        assert list("12345") == told["leader"]
+        assert list("2345") == told["back"]
+
+    def test_one_beside_a_quiet_leader(self, script):
+        """
+        The same position is enough to share again, though no event comes.
+        """
+        told = script(
+            """async () => {
+              const leader = reading({ share: "x" });
+              await until(() => requests.length === 1);
+              requests[0].stream(opening("e:0"), block("stream.position", "", "p:1"));
+              await until(() => leader.stream.lastEventId === "p:1");
+              const back = reading({ share: "x", lastEventId: "e:0" });
+              await until(() => requests.length === 2);
+              requests[1].stream(opening("e:0"));
+              await until(() => back.stream.state === "open");
+              const before = requests[1].ended;
+              requests[1].say(block("stream.position", "", "p:1"));
+              await until(() => requests[1].ended);
+              requests[0].say(block("a", "1", "e:1"));
+              await until(() => back.read.includes("1"));
+              return [before, back.read, back.stream.state];
+            }"""
+        )
+
+        assert [False, ["1"], "open"] == told
 
     def test_one_that_is_ahead(self, script):
         """
@@ -517,7 +538,7 @@ class TestOtherTabs:
             """async () => {
               const leader = reading({ share: "x" });
               await until(() => requests.length === 1);
-              requests[0].stream(opening("e:2"));
+              requests[0].stream(opening("p:2"));
               await until(() => leader.stream.state === "open");
               const back = reading({ share: "x", lastEventId: "e:1" });
               await until(() => requests.length === 2);
