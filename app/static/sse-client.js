@@ -342,6 +342,7 @@ export class Stream {
   #over(link, { status = 0, problem, after = 0 }) {
     if (link.shut) return;
     this.#shut(link);
+    let renewable = false;
     if (link === this.#next) this.#next = null;
     else {
       this.#link = this.#next;
@@ -349,7 +350,7 @@ export class Stream {
       if (this.#link) return; // on its way already
       if (status === 204) return this.close();
       // Asked for another, it may have one: at once, and not the same again.
-      const renewable = status === 401 && this.#failures < 2 && this.#shown !== this.#refused;
+      renewable = status === 401 && this.#failures < 2 && this.#shown !== this.#refused;
       if (status === 401) this.#refused = this.#shown;
       // 200 and no stream: a wrong address, or later on a network's login page.
       if (status < 300 ? status && !this.opened : status < 500 && !renewable && ![408, 425, 429].includes(status)) {
@@ -357,7 +358,7 @@ export class Stream {
       }
     }
     const least = Math.max(LEAST_WAIT, this.#retry, after);
-    const wait = status === 401 ? LEAST_WAIT : Math.max(least, Math.min(MOST_WAIT, least * 2 ** this.#failures));
+    const wait = renewable ? LEAST_WAIT : Math.max(least, Math.min(MOST_WAIT, least * 2 ** this.#failures));
     this.#failures++;
     clearTimeout(this.#timer);
     this.#timer = setTimeout(() => this.#open(status === 401), Math.min(wait, LONGEST_WAIT) * (1 + Math.random() / 2));

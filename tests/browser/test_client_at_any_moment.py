@@ -41,6 +41,8 @@ async () => {
   window.clearTimeout = (timer) => { if (timer) timers[timer - 1] = () => {}; };
   // All that has been set until now, each once.
   window.fire = () => { for (const [at, done] of [...timers.entries()]) { timers[at] = () => {}; done(); } };
+  // The same for the newest alone.
+  window.fireLast = () => { const done = timers.at(-1); timers[timers.length - 1] = () => {}; done(); };
   // Until all that has been begun is done: what comes after a message has had its turn.
   window.settle = async () => {
     for (let turn = 0; turn < 20; turn += 1) {
@@ -228,6 +230,32 @@ class TestWaits:
         assert min(waits) >= 50
         assert max(waits) < 2**31
         assert waits[-1] >= 20_000
+
+    def test_successor_that_is_refused(self, script):
+        """
+        While the old stream lives, one whose token is refused is tried again at the pace of all failures.
+        """
+        seen = script(
+            """async () => {
+              reading({ token: () => "old" });
+              await settle();
+              requests[0].stream(opening("e:1"), block("stream.expiring", "{}"));
+              await settle();
+              requests[1].answer(401);
+              const seen = [];
+              for (let round = 2; round < 7; round += 1) {
+                await settle();
+                requests[round].answer(401);
+                await settle();
+                seen.push(waits.at(-1));
+                fireLast();
+                await settle();
+              }
+              return seen;
+            }"""
+        )
+
+        assert seen[-1] > 8 * seen[0]
 
     def test_retry_after(self, script):
         """
