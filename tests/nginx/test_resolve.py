@@ -71,9 +71,9 @@ class TestFollowing:
         four = await addresses(toys, 61 + ["plain", "tls", "h2"].index(way_name))
         names = await NameServer.start(four[0].address, four[1].address)
         front = nginx([], way=way_name, files=following(names, four[0].port))
-        before = workers(front)
         async with way(way_name, front.port) as client:
             await becomes_reached(client, {four[0].address, four[1].address})
+            before = workers(front)
             streams = [await client.ask(f"/events?user={user}", NATIVE) for user in range(12)]
             assert 12 == four[0].open + four[1].open
             assert {200} == {stream.status for stream in streams}
