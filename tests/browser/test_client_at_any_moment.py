@@ -628,13 +628,14 @@ class TestOtherTabs:
 
 
 class TestFrozen:
-    def test_page(self, script):
+    @pytest.mark.parametrize("share", ["x", False])
+    def test_page(self, script, share):
         """
         A page that is frozen holds no stream and keeps no other tab from reading; it goes on where it stood.
         """
         told = script(
-            """async () => {
-              const told = reading({ share: "x" });
+            """async (share) => {
+              const told = reading({ share });
               await until(() => requests.length === 1);
               requests[0].stream(opening("e:1"), block("a", "2", "e:2"));
               await until(() => told.read.length === 1);
@@ -645,9 +646,10 @@ class TestFrozen:
               document.dispatchEvent(new Event("resume"));
               dispatchEvent(new PageTransitionEvent("pageshow", { persisted: true }));
               await until(() => requests.length === 2);
-              fire();
+              await settle();
               return [...frozen, requests.length, requests[1].url.searchParams.get("last_event_id"), told.states];
-            }"""
+            }""",
+            share,
         )
 
         assert ["paused", True, "lock is free", 2, "e:2"] == told[:5]
