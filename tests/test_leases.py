@@ -744,14 +744,16 @@ class TestRedisAway:
         with proxy.refuse():
             await a.connect()  # the first one notices
             assert a.leases.away
+            assert await a.connect()  # stays, and Redis hears of it later
             kept = len(a.leases._gone)
             for number in range(100):
                 assert await a.connect(f"user-{number}")
-                a.leases.release(f"a-{number + 2}")
+                a.leases.release(f"a-{number + 3}")
             assert kept == len(a.leases._gone)
-        await becomes(lambda: _held_are(a, {"a-1"}), "what stayed is told")
-        a.leases.release("a-1")
-        await becomes(lambda: _holds_none(a), "its end is told")
+        await becomes(lambda: _held_are(a, {"a-1", "a-2"}), "what stayed is told")
+        for stream in ("a-1", "a-2"):
+            a.leases.release(stream)
+        await becomes(lambda: _holds_none(a), "their ends are told")
 
     async def test_a_silent_redis_is_waited_for_once(self, sides, server):
         """

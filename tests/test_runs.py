@@ -407,7 +407,8 @@ class TestChat:
         """
         app = apps.site.app("", llm_base_url="", limit_streams_per_user=1, limit_policy="reject")
         async with subscribed(app, "t", query={"user": "alice"}):
-            answer = await ask(app.port, "POST", "/runs?user=alice", headers=JSON, body=json.dumps(CHAT).encode())
+            body = json.dumps({**CHAT, "prompt": "Hello " * 5_000}).encode()  # minutes of answer
+            answer = await ask(app.port, "POST", "/runs?user=alice", headers=JSON, body=body)
             assert 429 == answer.status
             [ended] = await becomes(lambda: asyncio.to_thread(lambda: logged(app, "run_ended")), "the run's end")
         assert "cancelled" == ended["how"]
@@ -860,7 +861,8 @@ class TestBadRequest:
         All of SSE_MAX_RUNS runs are asked of the model at once: none waits for another one's connection.
         """
         count = 110
-        app = apps.app(max_runs=count)
+        # None is silent for so long that its connection comes free meanwhile.
+        app = apps.app(max_runs=count, llm_silence_seconds=60)
         async with apps.model(stream(token("a"), then="hold")) as model, AsyncExitStack() as readers:
             for _ in range(count):
                 await readers.enter_async_context(started(app))
