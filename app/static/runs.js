@@ -70,19 +70,23 @@ byId("task").addEventListener("submit", async (event) => {
   const bar = byId("progress");
   bar.value = 0;
   byId("result").hidden = true;
-  byId("stage").textContent = "";
+  const stage = byId("stage");
+  stage.textContent = "";
+  // Ten stages a second are to look at; a screen reader reads the last.
+  stage.setAttribute("aria-busy", "true");
   const body = { kind: "task", task: "checksums", arguments: { path: byId("path").value } };
   await follow("task", body, ({ event: name, data }) => {
     if (name === "run.progress") {
       if (data.percent === null) bar.removeAttribute("value");
       else bar.value = data.percent;
-      byId("stage").textContent = data.stage;
+      stage.textContent = data.stage;
     }
     if (name === "run.done") {
       byId("result").textContent = data.files.map(({ path, sha256 }) => `${sha256}  ${path}`).join("\n");
       byId("result").hidden = false;
     }
   });
+  stage.removeAttribute("aria-busy");
 });
 
 async function follow(id, body, take) {

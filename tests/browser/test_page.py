@@ -551,6 +551,8 @@ class TestTask:
 
         expect(page.locator("#result")).to_contain_text(f"{hashlib.sha256(b'hello').hexdigest()}  small.txt")
         assert 100 == page.locator("#progress").evaluate("bar => bar.value")
+        expect(page.locator("#stage")).to_have_text("done")
+        expect(page.locator("#stage")).not_to_have_attribute("aria-busy", "true")
 
     def test_failure(self, whole, page):
         """
