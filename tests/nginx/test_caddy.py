@@ -17,7 +17,7 @@ import pytest
 from app.stack import ROOT, Part, reserve_port
 from tests.crowd import becomes
 from tests.live import becomes as comes
-from tests.nginx.conftest import NATIVE, certificate
+from tests.nginx.conftest import NATIVE, Toy, certificate
 from tests.nginx.test_run_streams import told_step_by_step
 from tests.nginx.ways import WAYS, serves, way
 
@@ -243,17 +243,26 @@ class TestSoftFail:
     async def test_another_process(self, caddy, toys):
         """The users of a process that is gone move to another, and wait for it; 429 is not taken elsewhere."""
         (toy,) = await toys()
-        port, holder = reserve_port()
-        proxy = await caddy([toy.server, f"127.0.0.1:{port}"])
+        other = Toy()
+        server = await asyncio.start_server(other.serve, other.address, 0)
+        other.port = server.sockets[0].getsockname()[1]
+        proxy = await caddy([toy.server, other.server])
         async with way("plain", proxy.port) as client:
-            statuses = [(await client.ask(f"/events?user={user}", NATIVE)).headers.get("x-sse-fallback") for user in range(12)]
+
+            async def fallbacks() -> set[str | None]:
+                return {(await client.ask(f"/events?user={user}", NATIVE)).headers.get("x-sse-fallback") for user in range(12)}
+
+            before = await fallbacks()
+            spread = (toy.open > 0, other.open > 0)
+            server.close()
+            server.close_clients()
+            after = await fallbacks()
             toy.answer = 429
             toy.heads.clear()
             await client.ask("/events?user=1")
-        if holder:
-            holder.close()
 
-        assert {None} == set(statuses)
+        assert (True, True) == spread
+        assert {None} == before == after
         assert 1 == len([head for head in toy.heads if "/events" in head])
 
 

@@ -242,6 +242,22 @@ class TestSoftFail:
         assert "application/problem+json" == api.headers["content-type"]
         assert {"type", "title", "status", "detail", "name", "rule", "value", "cure"} == set(problem)
 
+    async def test_before_the_checks_notice(self, haproxy, toys):
+        """Also where the checks still take a dead process for a living one."""
+        (checked,) = await toys()
+        port, holder = reserve_port()
+        elsewhere = {"default-server check": f"default-server check port {checked.port}"}
+        proxy = await haproxy([f"127.0.0.1:{port}"], replaced=elsewhere)
+        async with way("plain", proxy.port) as client:
+            native, api = await client.send("/events", NATIVE), await client.send("/events")
+            body = await native.whole()
+            await api.whole()
+        if holder:
+            holder.close()
+
+        assert (200, "503", 503) == (native.status, native.headers["x-sse-fallback"], api.status)
+        assert body.startswith(b"retry: ")
+
     async def test_another_process(self, haproxy, toys):
         """One that drains or hangs up is passed over; 429 is not taken elsewhere, a POST not repeated."""
         proxy, two = await front(haproxy, toys, 2)
