@@ -88,7 +88,13 @@ class Edge:
             if problem is not None:
                 await self._refuse(problem, headers, shared, send)
                 return
-            await self._open(scope, receive, send, shared)
+            opening = object()
+            self._kit.opening.add(opening)
+            scope["extensions"]["sse.turn"] = opening
+            try:
+                await self._open(scope, receive, send, shared)
+            finally:
+                self._kit.opening.discard(opening)
             return
         if self._kit.draining:
             shared = [*shared, *_CLOSE]

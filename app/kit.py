@@ -57,12 +57,14 @@ class Kit:
         draining: no new streams; the open ones are being ended.
         heed: what to do with each kind of notice, given its fields.
         failed: set when a task of the kit ended that must never end.
+        opening: one object for each request that was let in to open a stream and has not yet.
     """
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.process = secrets.token_hex(3)
         self.draining = False
+        self.opening: set[object] = set()
         self.tally = Tally()
         self.logger: structlog.typing.FilteringBoundLogger = structlog.get_logger()
         pace = Pace(
@@ -190,13 +192,15 @@ class Kit:
                 "Connect again in a second.",
                 {"Retry-After": "1"},
             )
-        if len(self.hub) >= self.settings.max_streams:
+        # With those on their way, or a crowd that waits for something would all get in.
+        streams = len(self.hub) + len(self.opening)
+        if streams >= self.settings.max_streams:
             return Problem(
                 429,
                 "process-full",
                 "streams of this process",
                 f"must be at most SSE_MAX_STREAMS ({self.settings.max_streams})",
-                len(self.hub),
+                streams,
                 "Connect again later, or run more processes.",
                 {"Retry-After": "5"},
             )

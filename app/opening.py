@@ -46,7 +46,7 @@ class Place:
 class Opening:
     """One stream between the decision that it may be and its first byte."""
 
-    __slots__ = ("_done", "_kit", "_place", "_scope", "_send", "_stream", "_taken")
+    __slots__ = ("_done", "_kit", "_place", "_scope", "_send", "_stream", "_taken", "_turn")
 
     def __init__(self, kit: Kit, stream: Stream, place: Place, scope: Any) -> None:
         self._kit = kit
@@ -54,6 +54,7 @@ class Opening:
         self._place = place
         self._scope = scope
         self._send = scope["extensions"]["sse.send"]
+        self._turn = scope["extensions"].get("sse.turn")
         self._done = False
         self._taken = False
 
@@ -111,6 +112,7 @@ class Opening:
             resumed_from=stream.resumed_from,
             path=path,
         )
+        kit.opening.discard(self._turn)
         kit.tally.resumed += bool(stream.resumed_from)
         kit.hub.add(stream, self._preamble())
         kit.control.begun(stream)

@@ -5,6 +5,7 @@ The HTTP edge of a real process: what it answers, what it refuses, and that refu
 import asyncio
 import json
 import signal
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 from urllib.parse import quote
@@ -17,6 +18,7 @@ from app.stack import App, Redis
 from tests.live import (
     Answer,
     Site,
+    Subscriber,
     ask,
     becomes,
     connect,
@@ -899,6 +901,28 @@ class TestSoftFail:
         answer = await client.get("/events?topic=t", headers=EVENT_SOURCE)
 
         assert status == answer.status_code
+
+    @pytest.mark.parametrize("handoff", ["auto", "off"])
+    async def test_full_with_those_on_their_way(self, handoff):
+        """
+        A crowd that is let in, and waits for something, counts: no more begin than SSE_MAX_STREAMS.
+        """
+        with Site() as site:
+            app = await asyncio.to_thread(site.app, shared.server, max_streams=5, handoff=handoff)
+            [id] = await publish(app, event("x"))
+            ahead = f"{id.partition(':')[0]}:{2**62}-0"  # looked for, for two seconds
+            held = [await Subscriber(app.port, ("t",), headers={"Accept": "*/*"}).open() for _ in range(4)]
+            crowd = [Subscriber(app.port, ("t",), ahead, headers={"Accept": "*/*"}) for _ in range(40)]
+            await asyncio.gather(*(stream.open() for stream in crowd))
+            for stream in [*held, *crowd]:
+                if stream.status == 200:
+                    await stream.until_open()
+            opened = (await metrics(app))["sse_streams_open"]
+            for stream in [*held, *crowd]:
+                stream.leave()
+        assert {200: 4} == Counter(stream.status for stream in held)
+        assert {200: 1, 429: 39} == Counter(stream.status for stream in crowd)
+        assert 5 == opened
 
     async def test_full_then_draining(self):
         """
