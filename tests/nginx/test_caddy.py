@@ -35,7 +35,7 @@ class Caddy(Part):
         here = {
             "\tgrace_period": f"\tadmin 127.0.0.1:{self.admin_port}\n\tdefault_sni kit.test\n\tauto_https off\n\tgrace_period",
             "to 127.0.0.1:8001 127.0.0.1:8002": f"to {' '.join(servers)}",
-            "tls site.crt site.key": "tls tls.crt tls.key",
+            "# tls site.crt site.key": "tls tls.crt tls.key",
             "\nsse.example.com {": f"\nhttp://:{self.port} {{\n\timport kit\n}}\nhttps://:{self.tls_port} {{",
         }
         for old, new in (replaced | here).items():
@@ -91,6 +91,16 @@ def caddy(require) -> Iterator[Callable[..., Any]]:
 async def front(caddy, toys, count: int = 1, **replaced: str) -> tuple[Caddy, list]:
     found = await toys(count)
     return await caddy([toy.server for toy in found], **replaced), found
+
+
+def test_as_shipped(require, tmp_path):
+    """The file is valid as it stands, before anything is renamed."""
+    environment = os.environ | {name: str(tmp_path) for name in ("HOME", "XDG_DATA_HOME", "XDG_CONFIG_HOME")}
+    command = [require("caddy"), "validate", "--config", str(SOURCE)]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+    assert 0 == run.returncode, run.stderr
+    assert "Valid configuration" in run.stdout + run.stderr
 
 
 class TestStreams:

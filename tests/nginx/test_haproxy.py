@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -98,6 +99,15 @@ async def front(
 ) -> tuple[Haproxy, list]:
     found = await toys(count)
     return await haproxy([toy.server for toy in found], replaced, lists), found
+
+
+def test_as_shipped(require):
+    """The files are valid as they stand, before anything is put in."""
+    command = [require("haproxy"), "-c", "-f", str(SOURCE / "haproxy.cfg")]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+
+    assert 0 == run.returncode, run.stderr
+    assert "" == run.stderr
 
 
 class TestStreams:
