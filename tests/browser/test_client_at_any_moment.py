@@ -642,7 +642,8 @@ class TestFrozen:
               document.dispatchEvent(new Event("freeze"));
               await settle();
               const frozen = [told.stream.state, requests[0].ended];
-              await navigator.locks.request("sse x", () => frozen.push("lock is free"));
+              void navigator.locks.request("sse x", () => void frozen.push("lock is free"));
+              await until(() => frozen.length === 3);
               document.dispatchEvent(new Event("resume"));
               dispatchEvent(new PageTransitionEvent("pageshow", { persisted: true }));
               await until(() => requests.length === 2);
