@@ -509,6 +509,7 @@ class Process:
             process=name,
             logger=Quiet(),
             draining=False,
+            opening=set(),
             control=Control(name, self.hub, self.log, {}),  # type: ignore[arg-type]
         )
         self.tasks = [world.task(self.reader.run()), world.task(self.pulse.run())]

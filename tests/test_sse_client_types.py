@@ -73,7 +73,7 @@ def tsc(require) -> str:
         folder.mkdir(parents=True, exist_ok=True)
         # Two at the same time: the second waits. No scripts of strangers.
         install = ["npm", "install", "--prefix", str(folder), "--ignore-scripts", "--no-audit", "--no-fund", TYPESCRIPT]
-        subprocess.run(["flock", str(folder), *install], check=True, capture_output=True, timeout=200)
+        subprocess.run(["flock", str(folder), "timeout", "150", *install], check=True, capture_output=True, timeout=200)
     return str(command)
 
 

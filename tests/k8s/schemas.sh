@@ -16,5 +16,6 @@ fi
 echo '{"private": true}' >"$folder/package.json"
 # No scripts of strangers: types and schemas need none.
 # shellcheck disable=SC2086 # words, not one argument
-npm install --prefix "$folder" --ignore-scripts --no-audit --no-fund --loglevel=error $packages >&2
+# Without a network npm tries for ever, and would outlive its test.
+timeout 150 npm install --prefix "$folder" --ignore-scripts --no-audit --no-fund --loglevel=error $packages >&2
 printf '%s\n' "$packages" >"$folder/packages"
