@@ -241,12 +241,16 @@ class TestNothingIsLeft:
         none_is_left(run)
 
 
+def alone(script: str) -> subprocess.CompletedProcess[str]:
+    """Run *script* in a process of its own: Locust makes everything gevent's."""
+    command = [sys.executable, "-c", script]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+
+
 class TestMasterAlone:
     def test_workers_changed(self):
         """One that died took its figures with it; one that came would publish what another one does."""
-        script = subprocess.run(
-            [sys.executable, "-c", _WORKERS_CHANGED], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
-        )
+        script = alone(_WORKERS_CHANGED)
 
         assert [
             "(2, 0): ''",
@@ -256,7 +260,6 @@ class TestMasterAlone:
         ] == [line for line in script.stdout.splitlines() if line.startswith("(")], script.stderr
 
 
-# In a process of its own: Locust makes everything gevent's.
 _WORKERS_CHANGED = """
 from types import SimpleNamespace
 from locust.runners import STATE_MISSING, STATE_RUNNING, MasterRunner, WorkerNode, WorkerNodes
@@ -282,9 +285,7 @@ for here, missing in ((2, 0), (2, 1), (1, 0), (3, 0)):
 class TestLimit:
     def test_what_failed_most(self):
         """A stack that cuts most connects and refuses two is said to cut them, and how."""
-        script = subprocess.run(
-            [sys.executable, "-c", _LIMIT], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
-        )
+        script = alone(_LIMIT)
 
         assert [
             "limit at 100 streams: 2,560 connects failed (ECONNRESET)",

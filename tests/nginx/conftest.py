@@ -15,7 +15,7 @@ import shutil
 import signal
 import socket
 import tempfile
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,8 @@ from cryptography.x509.oid import NameOID
 from app.stack import ROOT, Nginx, nginx_version, reserve_port
 from tests.crowd import becomes
 from tests.live import Site
-from tests.nginx.ways import WAYS
+from tests.live import becomes as comes
+from tests.nginx.ways import WAYS, Answer
 
 NATIVE = {"Accept": "text/event-stream"}
 # The application also sends X-Accel-Buffering; here nginx must do without.
@@ -246,6 +247,54 @@ async def toys() -> AsyncIterator[Callable[..., Any]]:
     for server in servers:
         server.close()
         server.close_clients()
+
+
+async def only_its_users_move(four: list[Toy], ask: Callable[[int], Awaitable[Answer]]) -> None:
+    """
+    Take one of *four* processes away, as its health check sees it, and back.
+
+    Its users move and return; all others stay. *ask*: a stream of this user.
+    """
+    for number, toy in enumerate(four):
+        toy.answer, toy.status_body = 200, str(number).encode()
+
+    async def places() -> list[str]:
+        found = []
+        for user in range(120):
+            answer = await ask(user)
+            found.append((await answer.whole()).decode())
+            answer.close()
+        return found
+
+    async def until_gone(gone: bool) -> list[str]:
+        async def done() -> list[str]:
+            return [] if ("2" in (found := await places())) == gone else found
+
+        return await comes(done, "the check notices")
+
+    before = await places()
+    assert before == await places()
+    four[2].draining = True
+    without = await until_gone(True)
+    four[2].draining = False
+    back = await until_gone(False)
+    async with asyncio.timeout(20):
+        while back != before:  # streams and API may have checks of their own
+            back = await places()
+
+    assert {"0", "1", "2", "3"} == set(before)
+    assert all(was == now for was, now in zip(before, without, strict=True) if was != "2")
+
+
+def may_be_read(good: Answer, *others: Answer) -> None:
+    """Check that pages of https://app.example.com may read *good*, with cookies, and no page *others*."""
+    assert 200 == good.status
+    assert "https://app.example.com" == good.headers["access-control-allow-origin"]
+    assert "true" == good.headers["access-control-allow-credentials"]
+    # Also on answers for nobody: a cache could give them to such a page.
+    assert {"Origin"} == {each.headers["vary"] for each in (good, *others)}
+    for other in others:
+        assert not [name for name in other.headers if name.startswith("access-control")]
 
 
 @pytest.fixture(scope="module")

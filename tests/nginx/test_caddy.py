@@ -16,10 +16,9 @@ import pytest
 
 from app.stack import ROOT, Part, reserve_port
 from tests.crowd import becomes
-from tests.live import becomes as comes
-from tests.nginx.conftest import NATIVE, Toy, certificate
+from tests.nginx.conftest import NATIVE, Toy, certificate, only_its_users_move
 from tests.nginx.test_run_streams import told_step_by_step
-from tests.nginx.ways import WAYS, serves, way
+from tests.nginx.ways import WAYS, Answer, serves, way
 
 SOURCE = ROOT / "nginx/caddy/Caddyfile"
 
@@ -177,8 +176,6 @@ class TestStickiness:
         users move, and come back with it.
         """
         proxy, four = await front(caddy, toys, 4)
-        for number, toy in enumerate(four):
-            toy.answer, toy.status_body = 200, str(number).encode()
         carriers = (
             ("/events?user={}", {}),
             ("/events?ticket=owner{}.%random", {}),
@@ -187,35 +184,12 @@ class TestStickiness:
         )
         async with way("plain", proxy.port) as client:
 
-            async def places() -> list[str]:
-                found = []
-                for user in range(120):
-                    path, headers = carriers[user % 4]
-                    filled = {name: value.format(user) for name, value in headers.items()}
-                    path = path.format(user).replace("%random", os.urandom(4).hex())
-                    answer = await client.ask(path, filled)
-                    found.append((await answer.whole()).decode())
-                    answer.close()
-                return found
+            async def ask(user: int) -> Answer:
+                path, headers = carriers[user % 4]
+                filled = {name: value.format(user) for name, value in headers.items()}
+                return await client.ask(path.format(user).replace("%random", os.urandom(4).hex()), filled)
 
-            async def until_gone(gone: bool) -> list[str]:
-                async def done() -> list[str]:
-                    return [] if ("2" in (found := await places())) == gone else found
-
-                return await comes(done, "the check notices")
-
-            before = await places()
-            assert before == await places()
-            four[2].draining = True
-            without = await until_gone(True)
-            four[2].draining = False
-            back = await until_gone(False)
-            async with asyncio.timeout(20):
-                while back != before:  # streams and API have checks of their own
-                    back = await places()
-
-        assert {"0", "1", "2", "3"} == set(before)
-        assert all(was == now for was, now in zip(before, without, strict=True) if was != "2")
+            await only_its_users_move(four, ask)
 
 
 class TestSoftFail:
