@@ -59,6 +59,9 @@ class _Application(Peer):
             "SSE_HEARTBEAT_SECONDS": str(heartbeat),
             "SSE_KEY_PREFIX": KEY_PREFIX,
             "SSE_LOG_FORMAT": "json",
+            # The load client does not come back by itself, and a run is longer than the
+            # age as shipped.
+            "SSE_MAX_AGE_SECONDS": "3600",
             "SSE_LLM_BASE_URL": upstream,
             **self.settings(),
         }
