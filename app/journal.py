@@ -8,12 +8,13 @@ and one when it ends; never one per event.
 import hashlib
 import hmac
 import logging
+import os
 import re
 import secrets
+import select
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any, cast
 from urllib.parse import unquote
 
@@ -26,14 +27,18 @@ from app.settings import Settings
 # _SELDOM_SECONDS: an operator needs the first ones, and a count of the rest.
 _SELDOM = {"log_ahead_of_clock": 1, "trim_refused": 1, "entry_broken": 20}
 _SELDOM_SECONDS = 10.0
+# What a pipe that is ready surely takes at once: PIPE_BUF, pipe(7).
+_PIECE_BYTES = 4_096
 _LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}
 
 
 def configure(settings: Settings) -> None:
     """Set up structlog and the standard library's logging for this process."""
     as_json = settings.log_format == "json" or (settings.log_format == "auto" and not sys.stderr.isatty())
+    sure = _Sure()
     shared: list[structlog.typing.Processor] = [
         _Seldom(),
+        sure,
         structlog.contextvars.merge_contextvars,
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
@@ -52,7 +57,7 @@ def configure(settings: Settings) -> None:
                 structlog.processors.JSONRenderer(serializer=_json),
             ],
             wrapper_class=structlog.make_filtering_bound_logger(level),
-            logger_factory=structlog.BytesLoggerFactory(cast(Any, _Sure(sys.stderr.buffer))),
+            logger_factory=structlog.BytesLoggerFactory(cast(Any, sure)),
             cache_logger_on_first_use=True,
         )
     else:
@@ -64,7 +69,7 @@ def configure(settings: Settings) -> None:
                 ),
             ],
             wrapper_class=structlog.make_filtering_bound_logger(level),
-            logger_factory=structlog.PrintLoggerFactory(cast(Any, _Sure(sys.stderr))),
+            logger_factory=structlog.WriteLoggerFactory(cast(Any, sure)),
             cache_logger_on_first_use=True,
         )
     # Libraries write through the standard library: give their lines the same form.
@@ -77,22 +82,51 @@ def _json(line: Any, **options: Any) -> bytes:
 
 class _Sure:
     """
-    A file that takes every line, also where that is lost: a full disk, a reader that died.
+    Standard error that takes every line at once, also where it is lost: a full disk, a reader that died or stands still.
 
-    Lines are written wherever a stream begins or ends; an error there would end
-    the process for nothing but its line.
+    Lines are written wherever a stream begins or ends. An error there would end
+    the process, and a pipe that nobody empties would hold all streams, for nothing
+    but a line. The next line that is taken says how many were not, as `lost`.
     """
 
-    def __init__(self, file: Any) -> None:
-        self._file = file
+    def __init__(self) -> None:
+        self._lost = 0
+        self._cut = False  # the last line ended in the middle
+        try:
+            self._fd = sys.stderr.fileno()
+        except (AttributeError, OSError, ValueError):  # replaced by something without one, or None
+            self._fd = 2
+        self._room = select.poll()
+        self._room.register(self._fd, select.POLLOUT)
 
-    def write(self, line: Any) -> None:
-        with suppress(OSError, ValueError):
-            self._file.write(line)
+    def __call__(self, logger: Any, method: str, event: Any) -> Any:
+        """Tell of lost lines in *event*: a processor of structlog."""
+        if self._lost:
+            event["lost"] = self._lost
+        return event
+
+    def write(self, line: bytes | str) -> None:
+        told = self._lost
+        if self._take(line.encode("utf-8", "backslashreplace") if isinstance(line, str) else line):
+            self._lost -= told
+        else:
+            self._lost += 1
 
     def flush(self) -> None:
-        with suppress(OSError, ValueError):
-            self._file.flush()
+        """Do nothing: nothing is kept."""
+
+    def _take(self, line: bytes) -> bool:
+        if self._cut:
+            line = b"\n" + line
+        try:
+            while line:
+                if not self._room.poll(0):
+                    return False
+                line = line[os.write(self._fd, line[:_PIECE_BYTES]) :]
+                self._cut = bool(line)
+        except OSError:
+            return False
+        return True
 
 
 class _ThroughStructlog(logging.Handler):

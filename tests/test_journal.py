@@ -3,6 +3,7 @@ What one process writes: a line when a stream opens and one when it ends, with w
 """
 
 import asyncio
+import fcntl
 import json
 import os
 import re
@@ -10,8 +11,9 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 import structlog
@@ -285,22 +287,39 @@ class TestFormats:
         assert count == len(written(SSE_LOG_FORMAT="json", SSE_LOG_LEVEL=level).splitlines())
 
 
-@pytest.fixture(params=["json", "console"])
-def unread(request, free_port) -> Iterator[int]:
-    """A process whose standard error was closed when it served."""
-    settings = {"SSE_LOG_FORMAT": request.param, "SSE_PORT": str(free_port), "SSE_METRICS_PORT": "0"}
+@contextmanager
+def piped(form: str, port: int) -> Iterator[IO[bytes]]:
+    """A process that writes *form*; yields the pipe, from which its first lines have been read."""
+    settings = {"SSE_LOG_FORMAT": form, "SSE_PORT": str(port), "SSE_METRICS_PORT": "0"}
     process = subprocess.Popen(
         [sys.executable, "-m", "app"], cwd=ROOT, env={"PATH": os.environ["PATH"]} | settings, stderr=subprocess.PIPE
     )
     try:
         assert process.stderr
-        while b"window_loaded" not in process.stderr.readline():
+        while b"log_connected" not in process.stderr.readline():
             assert process.poll() is None
-        process.stderr.close()
-        yield free_port
+        yield process.stderr
     finally:
         process.terminate()
         process.wait(20)
+        process.stderr.close()
+
+
+@pytest.fixture(params=["json", "console"])
+def unread(request, free_port) -> Iterator[int]:
+    """A process whose standard error was closed when it served."""
+    with piped(request.param, free_port) as pipe:
+        pipe.close()
+        yield free_port
+
+
+@pytest.fixture
+def slowly(free_port) -> Iterator[tuple[int, IO[bytes]]]:
+    """A process whose standard error is read when the test does."""
+    with piped("json", free_port) as pipe:
+        os.set_blocking(pipe.fileno(), False)
+        fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, 4096)  # one page
+        yield free_port, pipe
 
 
 class TestNobodyReads:
@@ -315,6 +334,25 @@ class TestNobodyReads:
                 await ask(unread, "POST", "/publish", headers={"Content-Type": "application/json"}, body=body)
                 await stream.until_data(str(number))
         assert 404 == (await ask(unread, "GET", "/nowhere")).status
+
+
+    async def test_who_reads_too_slowly(self, slowly):
+        """
+        A pipe that is full holds nothing up: lines are lost, whole ones, and the next that is taken tells how many.
+        """
+        port, pipe = slowly
+        await becomes(lambda: _answers(port), "it serves")
+        for _ in range(60):
+            assert 400 == (await ask(port, "GET", "/events?topic=%20")).status
+        text = pipe.read()
+        assert 400 == (await ask(port, "GET", "/events?topic=%20")).status
+        text += pipe.read()
+        found = [json.loads(line) for line in text.splitlines()]
+        assert {"refused"} == {each["event"] for each in found}
+        lost = [each.get("lost", 0) for each in found]
+        assert [0] * (len(found) - 1) == lost[:-1]
+        assert 61 == len(found) + lost[-1]
+        assert lost[-1] > 30
 
 
 async def _answers(port: int) -> bool:
