@@ -113,6 +113,8 @@ redis.call('XADD', KEYS[1], 'MINID', '~', horizon, '*', unpack(ARGV, 3))
 redis.call('XTRIM', KEYS[1], 'MAXLEN', '~', ARGV[2])
 """
 
+# Commands of publishers that Redis is given at once; the others wait for their turn.
+_CONNECTIONS = 64
 # A crowd that evicts itself writes thousands a second; this many are some 10 MB.
 _MOST_NOTICES = 100_000
 
@@ -166,7 +168,8 @@ class RedisLog:
         self._opened = False
 
         self._reader = redis_client.client(url, timeout_seconds=timeout_seconds, single_connection_client=True)
-        self._publisher = redis_client.client(url, timeout_seconds=timeout_seconds, max_connections=64)
+        self._publisher = redis_client.client(url, timeout_seconds=timeout_seconds, max_connections=_CONNECTIONS)
+        self._turns = redis_client.Turns(_CONNECTIONS, timeout_seconds)
         self._publish = self._publisher.register_script(_PUBLISH)
         self._notify = self._publisher.register_script(_NOTIFY)
         self._renew = self._reader.register_script(_RENEW)
@@ -203,7 +206,7 @@ class RedisLog:
             left = deadline - asyncio.get_running_loop().time()
             try:
                 async with asyncio.timeout(left):
-                    answer = await _told(self._append(keys, args, left))
+                    answer = await _told(self._turns.run(self._append(keys, args, left)))
                 break
             except (LogUnavailable, TimeoutError) as error:
                 if isinstance(error.__cause__, ReadOnlyError):
@@ -287,7 +290,7 @@ class RedisLog:
 
     async def notify(self, notice: Notice) -> None:
         args: list[str | int] = [self._control_ms, _MOST_NOTICES, *to_notice_fields(notice)]
-        await _told(self._notify(keys=[self.control_key], args=args))
+        await _told(self._turns.run(self._notify(keys=[self.control_key], args=args)))
 
     async def _ask(self, command: Sequence[str | int]) -> Any:
         """
@@ -307,11 +310,8 @@ class RedisLog:
         return cast(bytes, answer).decode()
 
     async def has(self, position: Position) -> bool:
-        return bool(
-            await _told(
-                cast(Any, self._publisher).execute_command("XRANGE", self.log_key, _text(position), _text(position))
-            )
-        )
+        command = cast(Any, self._publisher).execute_command("XRANGE", self.log_key, _text(position), _text(position))
+        return bool(await _told(self._turns.run(command)))
 
     async def trim(self) -> None:
         try:
@@ -325,7 +325,7 @@ class RedisLog:
 
     async def ping(self) -> bool:
         try:
-            await _told(self._publisher.ping())
+            await _told(self._turns.run(cast(Any, self._publisher).execute_command("PING")))
         except LogUnavailable:
             return False
         return True

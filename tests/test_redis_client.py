@@ -11,7 +11,7 @@ import pytest
 
 from app import redis_client
 from app.access import Caller
-from app.log import Batch, Draft, LogUnavailable, Position
+from app.log import ORIGIN, Batch, Draft, LogUnavailable, Notice, Position
 from app.redis_client import SentinelAddress, sentinel_address
 from app.redis_leases import RedisLeases
 from app.redis_log import RedisLog
@@ -221,6 +221,18 @@ class TestCrowd:
         await register.close()
 
         assert ["r"] * 300 == [getattr(each, "id", each) for each in found]
+
+    async def test_publishers(self, module_redis_server: Redis):
+        """Events and notices are written, and positions looked for, without a second attempt."""
+        log = RedisLog(module_redis_server.url, prefix="crowd-log", history_seconds=60, max_events=1_000, timeout_seconds=30)
+        batches = [Batch.of([Draft(("t",), str(number))]) for number in range(100)]
+        asked = [log.publish(batch) for batch in batches] + [log.notify(Notice("watch", {})) for _ in range(100)]
+        found = await asyncio.gather(*asked, *(log.has(Position(1, 1)) for _ in range(100)), return_exceptions=True)
+        added = (await log.state(ORIGIN)).added
+        await log.close()
+
+        assert [None] * 100 + [False] * 100 == found[100:]
+        assert 100 == added
 
     async def test_administrators(self, module_redis_server: Redis):
         """Administrators do not take the connection by which this process asks for places."""
