@@ -4,7 +4,8 @@ Follow streams and publish events from Python, across restarts and bad networks.
 `listen` resumes where it was, so that no event is missed and none comes twice; where a
 process says that it is about to end, it makes the next stream before the old one breaks.
 `publish` retries under one Idempotency-Key, so that nothing is lost and nothing doubled.
-Both wait longer after each failure, with jitter, and never less than the server asks for.
+`run` starts a run and reads it to its end; `cancel` ends it on the server.
+All wait longer after each failure, with jitter, and never less than the server asks for.
 """
 
 import asyncio
@@ -17,12 +18,13 @@ from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from time import time
 from typing import Any
+from urllib.parse import quote
 
 import httpx2
 
 from app.parser import Parser, ServerSentEvent
 
-__all__ = ["GaveUp", "Refused", "RunFailed", "ServerSentEvent", "StreamReset", "listen", "publish", "run"]
+__all__ = ["GaveUp", "Refused", "RunFailed", "ServerSentEvent", "StreamReset", "cancel", "listen", "publish", "run"]
 
 EARLIEST = "earliest"
 # A stream that is silent for so many heartbeats is dead, whatever TCP says.
@@ -61,18 +63,17 @@ class Refused(Exception):
 
 class GaveUp(Exception):
     """
-    Nobody confirmed a publish before its deadline.
+    Nobody confirmed a publish, or the end of a run, before its deadline.
 
-    *uncertain* tells whether the events may have been published all the same: an attempt
-    went out and its answer did not come back. Publishing them again under the same *key*
-    cannot double them while the server remembers it (SSE_IDEMPOTENCY_SECONDS).
+    *uncertain* tells whether it may have been done all the same: an attempt went out and its
+    answer did not come back. Publishing the events again under the same *key* cannot double
+    them while the server remembers it (SSE_IDEMPOTENCY_SECONDS).
     """
 
-    def __init__(self, cause: str, key: str, uncertain: bool) -> None:
+    def __init__(self, fate: str, cause: str, key: str, uncertain: bool) -> None:
         self.key = key
         self.uncertain = uncertain
-        fate = "may or may not have been published" if uncertain else "were not published"
-        super().__init__(f"the events {fate}: {cause}")
+        super().__init__(f"{fate}: {cause}")
 
 
 class RunFailed(Exception):
@@ -300,6 +301,43 @@ class _Run:
     id: str = ""
 
 
+async def cancel(
+    url: str,
+    run: str,
+    *,
+    user: str | None = None,
+    headers: Mapping[str, str] | None = None,
+    on_wait: OnWait | None = None,
+    client: httpx2.AsyncClient | None = None,
+    timeout_seconds: float = 60.0,
+) -> None:
+    """
+    End a run on the server, wherever it is made; to leave `run` only ends the reading.
+
+    Its readers read `run.failed` with the reason "cancelled". One that is over stays as it was.
+    Retried as `publish` is.
+
+    Args:
+        run: The run's id, or its topic, which `on_open` is told: ``opened["topics"][0]``.
+
+    Raises:
+        Refused: There is no such run, or it is somebody else's.
+        GaveUp: Nobody confirmed it in time.
+    """
+    await _confirmed(
+        {
+            "method": "DELETE",
+            "url": f"{url.rstrip('/')}/runs/{quote(run.removeprefix('run:'), safe='')}",
+            "params": {} if user is None else {"user": user},
+            "headers": headers,
+        },
+        ("the run was not cancelled", "the run may or may not have been cancelled"),
+        on_wait=on_wait,
+        client=client,
+        timeout_seconds=timeout_seconds,
+    )
+
+
 async def publish(
     url: str,
     events: Mapping[str, Any] | Sequence[Mapping[str, Any]],
@@ -324,7 +362,35 @@ async def publish(
         GaveUp: Nobody confirmed them in time.
     """
     key = key or secrets.token_urlsafe(18)
-    body = json.dumps(events, ensure_ascii=False, separators=(",", ":")).encode()
+    response = await _confirmed(
+        {
+            "method": "POST",
+            "url": url.rstrip("/") + "/publish",
+            "content": json.dumps(events, ensure_ascii=False, separators=(",", ":")).encode(),
+            "headers": {**(headers or {}), "Content-Type": "application/json", "Idempotency-Key": key},
+        },
+        ("the events were not published", "the events may or may not have been published"),
+        key=key,
+        on_wait=on_wait,
+        client=client,
+        timeout_seconds=timeout_seconds,
+    )
+    ids = _json_object(response.text).get("ids")
+    if not isinstance(ids, list):
+        raise Refused(response, "the answer holds no ids; is this the kit's address?")
+    return ids
+
+
+async def _confirmed(
+    request: Mapping[str, Any],
+    fates: tuple[str, str],
+    *,
+    key: str = "",
+    on_wait: OnWait | None,
+    client: httpx2.AsyncClient | None,
+    timeout_seconds: float,
+) -> httpx2.Response:
+    """Return the 2xx answer to *request*, which may be repeated; *fates*: what `GaveUp` says."""
     deadline = asyncio.get_running_loop().time() + timeout_seconds
     uncertain = False
     failures = 0
@@ -335,21 +401,9 @@ async def publish(
             was_uncertain = uncertain
             try:
                 async with asyncio.timeout(min(ATTEMPT_SECONDS, max(deadline - started, 1.0))):
-                    response = await http.post(
-                        url.rstrip("/") + "/publish",
-                        content=body,
-                        headers={
-                            **(headers or {}),
-                            "Content-Type": "application/json",
-                            "Idempotency-Key": key,
-                        },
-                        timeout=None,
-                    )
+                    response = await http.request(**request, timeout=None)
                 await _check(response)
-                ids = _json_object(response.text).get("ids")
-                if not isinstance(ids, list):
-                    raise Refused(response, "the answer holds no ids; is this the kit's address?")
-                return ids
+                return response
             except _Later as later:
                 cause, least = str(later), later.seconds
                 uncertain |= later.uncertain
@@ -364,7 +418,7 @@ async def publish(
                 deadline = min(deadline, started + KEY_KEPT_SECONDS)
             left = deadline - asyncio.get_running_loop().time()
             if left <= 0 or least > left:
-                raise GaveUp(cause, key, uncertain)
+                raise GaveUp(fates[uncertain], cause, key, uncertain)
             seconds = min(left, _wait_seconds(PUBLISH_WAIT_SECONDS, min(failures, 4), least))
             failures += 1
             if on_wait is not None:

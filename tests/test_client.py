@@ -15,7 +15,7 @@ import httpx2
 import pytest
 
 from app import client as client_module
-from app.client import GaveUp, Refused, RunFailed, ServerSentEvent, StreamReset, listen, publish, run
+from app.client import GaveUp, Refused, RunFailed, ServerSentEvent, StreamReset, cancel, listen, publish, run
 from app.event import encode
 from app.stack import Stack
 from tests.scripted_server import accepted, dropped, serving, silent, status, stream
@@ -457,6 +457,23 @@ class TestRun:
                     pass
 
         assert 1 == len(server.requests)
+
+    async def test_cancelled(self):
+        """It is ended by its id or its topic, asked for again where no answer came, under the same user."""
+        for name in ("r", "run:r"):
+            async with serving(dropped, status(503), status(202)) as server:
+                await cancel(server.url + "/", name, user="ann", headers={"X-A": "b"})
+
+            asked = [(each.method, each.path, each.query, each.headers["x-a"]) for each in server.requests]
+            assert [("DELETE", "/runs/r", {"user": ["ann"]}, "b")] * 3 == asked
+
+    async def test_not_cancelled(self, free_port):
+        """A run that is not there is refused; a server that is not there is given up, and said."""
+        async with serving(status(404)) as server:
+            with pytest.raises(Refused, match="DELETE /runs/r got status 404"):
+                await cancel(server.url, "r")
+        with pytest.raises(GaveUp, match="the run was not cancelled"):
+            await cancel(f"http://127.0.0.1:{free_port}", "r", timeout_seconds=0.3)
 
 
 class TestWaiting:

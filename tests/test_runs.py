@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -301,6 +301,19 @@ class TestChat:
         assert ("run.failed", "cancelled") == (reader.last[0], reader.last[1]["reason"])
         again = await ask(apps.b.port, "DELETE", f"/runs/{reader.run}")
         assert (200, "ended") == (again.status, again.json["state"])
+
+    async def test_cancelled_from_python(self, apps):
+        """
+        `app.client.cancel` ends what `app.client.run` reads, by the topic that its stream told.
+        """
+        opened: list[dict] = []
+        async with apps.model(stream(token("endless"), then="hold")):
+            url = f"http://127.0.0.1:{apps.a.port}"
+            async with aclosing(client.run(url, {"kind": "chat", "prompt": "Hello"}, on_open=opened.append)) as events:
+                await anext(events)
+                await client.cancel(f"http://127.0.0.1:{apps.b.port}", opened[0]["topics"][0])
+                with pytest.raises(client.RunFailed, match="cancelled"):
+                    await anext(events)
 
     async def test_reader_gone(self, apps):
         """
