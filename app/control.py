@@ -101,6 +101,12 @@ class Control:
         if stream.reason and stream.state is not ENDED:
             self.end_here(stream.id, stream.reason)
 
+    def end_coming(self, user: str, reason: str) -> None:
+        """End the streams of *user* that are on their way, as soon as they begin."""
+        for stream in list(self.coming.values()):
+            if stream.user == user:
+                self.end_here(stream.id, reason)
+
     def expiry(self, caller: Caller) -> float:
         """Return when the rights of *caller* end, by the hub's clock."""
         left = float("inf") if caller.expires_at is None else caller.expires_at - time.time()

@@ -17,7 +17,7 @@ from app.event import encode
 from app.hub import Hub
 from app.log import Log, LogUnavailable, Notice
 from app.metrics import Metrics
-from app.stream import ENDED, Stream
+from app.stream import ENDED, LIVE, Stream
 
 EVENT = "operator.figures"
 _TELL_SECONDS = 1.0
@@ -53,7 +53,8 @@ class Figures:
         """Tell the watchers here what a process has told."""
         block = encode(event=EVENT, data=fields["figures"])
         for stream in self._open():
-            if stream.sink is not None:
+            # One that has not read the last ones gets later ones: they would gather in memory.
+            if stream.state is LIVE:
                 self._hub.tell(stream, block)
 
     async def run(self) -> None:

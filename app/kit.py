@@ -88,6 +88,7 @@ class Kit:
         )
         self.leases = _leases(settings, self.process)
         self.leases.end = self.control.end_here
+        self.leases.end_coming = self.control.end_coming
         self.heed["evict"] = self.leases.heed_evict
         self.heed["granted"] = self.leases.heed_granted
         self.heed["revoke"] = self.leases.heed_revoke
@@ -246,7 +247,8 @@ class Kit:
             self.failed.set()
 
     def _ended(self, stream: Stream) -> None:
-        self.tally.ended[stream.reason] += 1
+        # Another version of the kit, in a notice, may know other reasons.
+        self.tally.ended[stream.reason] = self.tally.ended.get(stream.reason, 0) + 1
         self.tally.replays.observe(stream.replayed)
         self.logger.info(
             "stream_ended",

@@ -217,7 +217,8 @@ class Leases:
     The leases of this process.
 
     `end` is called with a stream's id and a reason when it has to end, or, where
-    it has not begun yet, as soon as it has. Nothing here is awaited by a
+    it has not begun yet, as soon as it has; `end_coming` with a user and a reason,
+    for those that have not even asked for a place. Nothing here is awaited by a
     delivery; a connect awaits `take`.
 
     Attributes:
@@ -238,6 +239,7 @@ class Leases:
         logger: structlog.typing.FilteringBoundLogger | None = None,
     ) -> None:
         self.end: Callable[[str, str], object] = lambda stream, reason: None
+        self.end_coming: Callable[[str, str], object] = lambda user, reason: None
         self.away = False
         self.errors = 0
         self._process = process
@@ -343,6 +345,8 @@ class Leases:
         # Also those that wait for a place: they would get that of one which ends now.
         for lease in [own.lease for own in self._own.values() if own.lease.user == user]:
             self.end(lease.stream, "revoked")
+        # And those whose ticket was found good a moment ago.
+        self.end_coming(user, "revoked")
 
     # --- for administrators --------------------------------------------------
 

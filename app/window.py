@@ -27,6 +27,10 @@ _SCAN_ENTRIES = 2_000
 _SCAN_TOPICS = 5_000
 # Entries taken from one topic per piece, before the limit in bytes.
 _LINE_ENTRIES = 1_000
+# Pieces kept for the next who asks for the same. They are copies, and not in
+# `Window.bytes`; without the limit in bytes, large events made them 270 MB.
+_MEMO_PIECES = 256
+_MEMO_BYTES = 16_000_000
 
 
 class _Line:
@@ -65,6 +69,7 @@ class Window:
         self._boundary: Any = None
         self._boundary_id = ""
         self._memo: dict[tuple[Any, ...], tuple[bytes, int, int, int]] = {}
+        self._memo_bytes = 0
 
     def __len__(self) -> int:
         return self.end - self.first
@@ -170,8 +175,12 @@ class Window:
                 behind = last
                 break
         piece = (b"".join(blocks), behind, len(blocks), last)
-        if len(self._memo) >= 256:
+        if not self._memo:
+            self._memo_bytes = 0
+        self._memo_bytes += len(piece[0])
+        if len(self._memo) >= _MEMO_PIECES or self._memo_bytes > _MEMO_BYTES:
             self._memo = {}
+            self._memo_bytes = len(piece[0])
         self._memo[key] = piece
         return piece
 

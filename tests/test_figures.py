@@ -3,11 +3,16 @@
 import asyncio
 import json
 from collections.abc import Iterator
+from typing import cast
 
 import pytest
 
+from app.figures import Figures
+from app.log import Log
+from app.metrics import Metrics
 from tests.live import Site, ask, metrics
 from tests.signing import SECRET, bearer, token
+from tests.test_hub import Bench
 from tests.test_runs import reading
 
 JWT = {"auth": "jwt", "jwt_secret": SECRET}
@@ -37,6 +42,26 @@ async def test_all_processes_as_in_their_metrics(pair, who):
             process = (await ask(app.port, "GET", "/healthz")).json["process"]
             for name in ("sse_streams_open", "sse_streams_opened_total", 'sse_streams_ended_total{reason="max_age"}'):
                 assert said[name] == told[process][name], name
+
+
+def test_slow_watcher():
+    """
+    Figures do not gather in memory for one that does not read; it is given those of the moment, when it does.
+    """
+    bench = Bench()
+    figures = Figures("p", cast(Metrics, None), bench.hub, cast(Log, None))
+    stream, sink = bench.open()
+    figures.watch(stream)
+    figures.heed_figures({"figures": "1"})
+    sink.room = 0
+    for number in range(2, 100):
+        figures.heed_figures({"figures": str(number)})
+    sink.room, sink.rest = None, 0
+    bench.hub.writable(stream)
+    bench.hub.pump()
+    figures.heed_figures({"figures": "100"})
+
+    assert ["1", "2", "100"] == [event.data for event in sink.told if event.event == "operator.figures"]
 
 
 async def test_administrators_alone(pair):

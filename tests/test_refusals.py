@@ -418,6 +418,35 @@ class TestTicket:
         revoked.set()
         await coming
 
+    async def test_user_revoked_on_the_way(self, server, monkeypatch):
+        """Its user's streams end, too, while one has been let in and has not asked for a place yet."""
+        held, revoked = threading.Event(), threading.Event()
+        hold = server.kit.tickets.hold
+
+        async def slowly(*args: Any) -> str | None:
+            before = await hold(*args)
+            held.set()
+            await asyncio.to_thread(revoked.wait, 60)
+            return before
+
+        monkeypatch.setattr(server.kit.tickets, "hold", slowly)
+        query = f"ticket={await self.ticket(server)}"
+        coming = asyncio.create_task(asyncio.to_thread(Reader.open, server.port, "orders/1", query=query))
+        assert await asyncio.to_thread(held.wait, 60)
+        admin = bearer(sign(right("root") | {"sse": {"admin": True}}))
+        assert 200 == (await ask(server.port, "DELETE", "/users/alice/streams", headers=admin)).status
+        revoked.set()
+        with await coming as stream:
+            assert "revoked" == await asyncio.to_thread(ended, server, stream)
+
+    async def test_ended_for_another_reason(self, server):
+        """A reason that only another version of the kit knows ends a stream like any other, and is counted."""
+        with Reader.open(server.port, "orders/1", query=f"ticket={await self.ticket(server)}") as stream:
+            [id] = [each.id for each in (stream.until_open(), server)[1].streams()]
+            server.call(lambda: server.kit.heed["end"]({"stream": id, "reason": "tomorrow"}))
+            assert "tomorrow" == await asyncio.to_thread(ended, server, stream)
+        assert 1 == server.kit.tally.ended.pop("tomorrow")
+
     async def test_for_two_streams(self, server):
         """It serves one stream at a time: the new one begins, and the one before ends."""
         ticket = await self.ticket(server)

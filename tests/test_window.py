@@ -404,6 +404,19 @@ class TestPull:
 
         assert len(window._memo) <= 256
 
+    def test_memory_of_a_storm_of_large_events(self):
+        """
+        Nor are they where each is large: they are copies, over and above SSE_WINDOW_MAX_BYTES.
+        """
+        window = filled()
+        for number in range(1, 61):
+            window.append(entry(number, "a", data="x" * (1_000_000 if number % 2 else 100)))
+        for cursor in range(window.first, window.end):
+            window.pull(("a",), cursor, 65_536)
+
+        assert 1 < len(window._memo)
+        assert sum(len(piece) for piece, *_ in window._memo.values()) <= 16_000_000
+
 
 class TestTrim:
     def test_by_bytes(self):
