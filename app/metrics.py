@@ -136,7 +136,7 @@ class Metrics:
         yield _counter("sse_published", "Events accepted by POST /publish.", tally.published)
         yield _labelled(
             "sse_requests_refused",
-            "Requests refused, by status.",
+            "Requests answered with a problem, by status.",
             "status",
             [(str(status), count) for status, count in list(tally.refused.items())],
         )

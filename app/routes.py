@@ -198,51 +198,61 @@ def routes(kit: Kit) -> Blueprint:
             )
         )
 
+    def failed(problem: Problem) -> Response:
+        """Answer with *problem*, which no route has raised, and count it like those."""
+        kit.tally.refuse(problem.status, problem.slug)
+        return problem.response()
+
     @pages.app_errorhandler(404)
     async def not_found(error: Exception) -> Response:
-        return Problem(
-            404,
-            "not-found",
-            "path",
-            "must be one of this application",
-            request.path,
-            "See the endpoints in README.md.",
-        ).response()
+        return failed(
+            Problem(
+                404,
+                "not-found",
+                "path",
+                "must be one of this application",
+                request.path,
+                "See the endpoints in README.md.",
+            )
+        )
 
     @pages.app_errorhandler(405)
     async def bad_method(error: Any) -> Response:
         allowed = ", ".join(sorted(error.valid_methods or ()))
-        return Problem(
-            405,
-            "bad-method",
-            "method",
-            f"must be one of {allowed}",
-            request.method,
-            "See the endpoints in README.md.",
-            {"Allow": allowed},
-        ).response()
+        return failed(
+            Problem(
+                405,
+                "bad-method",
+                "method",
+                f"must be one of {allowed}",
+                request.method,
+                "See the endpoints in README.md.",
+                {"Allow": allowed},
+            )
+        )
 
     @pages.app_errorhandler(413)
     async def too_large(error: Exception) -> Response:
-        return _body_too_large(settings.max_body_bytes).response()
+        return failed(_body_too_large(settings.max_body_bytes))
 
     @pages.app_errorhandler(HTTPException)
     async def otherwise(error: HTTPException) -> Response:
-        code = error.code or 500
         cure = error.description or "See the endpoints in README.md."
-        return Problem(code, "http", "request", f"was refused: {error.name}", None, cure).response()
+        return failed(Problem(error.code or 500, "http", "request", f"was refused: {error.name}", None, cure))
 
     @pages.app_errorhandler(500)
-    async def failed(error: Exception) -> Response:
+    async def broken(error: Exception) -> Response:
         kit.logger.error("request_failed", path=request.path, exc_info=error)
-        return Problem(
-            500,
-            "internal",
-            "server",
-            "failed",
-            None,
-            "It is logged with this request's id.",
-        ).response()
+        return failed(
+            Problem(
+                500,
+                "internal",
+                "server",
+                "failed",
+                None,
+                "It is logged with this request's id.",
+            )
+        )
 
     return pages
 

@@ -265,7 +265,7 @@ class Runs:
                 RunFailure(
                     "process_ended",
                     "run",
-                    f"must end within SSE_RUN_FINISH_SECONDS ({seconds:g}) when its process shuts down",
+                    f"must end within SSE_DRAIN_SECONDS + SSE_RUN_FINISH_SECONDS ({seconds:g}) when its process shuts down",
                     None,
                     "Start it again; another process makes it.",
                 ),

@@ -617,6 +617,10 @@ class Proxy:
         except OSError:
             writer.transport.abort()
             return
+        if self.refusing:  # since a moment ago: `cut` did not know of this one
+            writer.transport.abort()
+            up_writer.transport.abort()
+            return
         mine = {writer, up_writer}
         self._writers |= mine
         losing = asyncio.Event()

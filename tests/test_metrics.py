@@ -161,10 +161,12 @@ class TestValues:
         before = await metrics(app)
         assert 400 == (await ask(app.port, "GET", "/events?topic=a%20b")).status
         assert 403 == (await ask(app.port, "GET", "/events?topic=user:bob")).status
+        assert 404 == (await ask(app.port, "GET", "/event")).status
+        assert 405 == (await ask(app.port, "PUT", "/publish")).status
         assert 415 == (await ask(app.port, "POST", "/publish", body=b"x")).status
         after = await metrics(app)
 
-        for status in (400, 403, 415):
+        for status in (400, 403, 404, 405, 415):
             assert 1 == after[name % status] - before.get(name % status, 0)
 
 
