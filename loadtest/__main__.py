@@ -12,6 +12,7 @@ import errno
 import functools
 import http.client
 import io
+import itertools
 import json
 import os
 import resource
@@ -138,6 +139,9 @@ def _check_possible(options: argparse.Namespace) -> None:
     streams = options.streams or scenario.streams
     if not 1 <= options.processes <= 256:
         raise CannotRun(f"PROCESSES must be from 1 to 256, got {options.processes}.")
+    for name in ("apps", "expect_workers"):
+        if not 1 <= getattr(options, name) <= 1000:
+            raise CannotRun(f"--{name.replace('_', '-')} must be from 1 to 1000, got {getattr(options, name)}.")
     tokens = Tokens(options.token, options.secret, options.claims)
     seconds = scenario.seconds + streams / scenario.connects_per_second
     left = tokens.expires_in()
@@ -147,6 +151,13 @@ def _check_possible(options: argparse.Namespace) -> None:
             f"TOKEN must be valid for the whole run of about {seconds:.0f} s, but it {state}. "
             f"Give a fresh one, or a secret: then every connect has a token of its own."
         )
+    if options.results:
+        try:
+            Path(options.results).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CannotRun(
+                f"--results must be a folder that can be made, got {options.results}: {error.strerror}."
+            ) from None
     processes = options.expect_workers if options.master else options.processes
     each = -(-streams // processes)
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -157,6 +168,9 @@ def _check_possible(options: argparse.Namespace) -> None:
             f"Use more processes: PROCESSES={enough}; or raise the limit: ulimit -Hn."
         )
     host = options.host or f"http://127.0.0.1:{options.port}"
+    if options.sources != "auto" and not options.master:
+        for address in source_addresses(options, host):
+            _check_source(address)
     sources = max(1, len(source_addresses(options, host)))
     ports = _ports()
     if not options.master and streams > ports * sources:
@@ -190,6 +204,16 @@ def _check_ports(options: argparse.Namespace) -> None:
             raise CannotRun(
                 f"{name} must be a port that is free here, got {port}: {why}. End that, or give another port."
             ) from None
+
+
+def _check_source(address: str) -> None:
+    try:
+        with socket.socket() as probe:
+            probe.bind((address, 0))
+    except OSError as error:
+        raise CannotRun(
+            f"--sources must be IPv4 addresses of this machine, got {address!r}: {error.strerror}."
+        ) from None
 
 
 def _free_port() -> int:
@@ -236,6 +260,9 @@ def _target(options: argparse.Namespace) -> Iterator[None]:
             raise CannotRun(f"The local stack could not be started:\n{up.stderr.strip()}")
         yield
     finally:
+        # An impatient Ctrl-C now would leave half of the stack behind. No SIG_IGN, which `down` would inherit.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: None)
         subprocess.run(
             [*command, "down", *where], cwd=ROOT, stdout=subprocess.DEVNULL, check=False, start_new_session=True
         )
@@ -245,9 +272,16 @@ def _check_target(options: argparse.Namespace) -> None:
     """Ask the target for a stream's head, so that a wrong address or token is told at once."""
     from loadtest.tokens import Tokens
 
-    url = urlsplit(options.host)
-    if url.scheme not in ("http", "https") or not url.hostname:
+    try:
+        url = urlsplit(options.host)
+        right = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
+    except ValueError:
+        right = False
+    if not right:
         raise CannotRun(f"HOST must be a URL, http://host:port or https://host, got {options.host!r}.")
+    if url.username is not None:
+        # Nor shown here: it would be in the report, too.
+        raise CannotRun("HOST must have no user and password in it. Who the users are, tokens say: SSE_LOADTEST_TOKEN.")
     context = None
     if url.scheme == "https":
         context = ssl.create_default_context()
@@ -271,11 +305,13 @@ def _check_target(options: argparse.Namespace) -> None:
                 connection.request("GET", path, headers=headers)
                 answer = connection.getresponse()
             status, body = answer.status, answer.read(2000) if answer.status != 200 else b""
+            moved = answer.getheader("Location", "") if status in (301, 302, 303, 307, 308) else ""
     except ssl.SSLError as error:
         raise CannotRun(
-            f"{options.host} must have a certificate that can be trusted: {error}. Or: --insecure."
+            f"{options.host} must have a certificate that can be trusted: {error}. "
+            f"For an authority of your own: SSL_CERT_FILE=ca.pem; or, for any: --insecure."
         ) from None
-    except (OSError, http.client.HTTPException) as error:
+    except (OSError, http.client.HTTPException, UnicodeError) as error:
         raise CannotRun(f"HOST must answer, but {options.host} does not: {error or type(error).__name__}.") from None
     if status in (401, 403):
         given = "The token was refused" if options.token or options.secret else "A token is needed"
@@ -283,6 +319,8 @@ def _check_target(options: argparse.Namespace) -> None:
             f"{given}: {options.host} answered {status}{_detail(body)}. "
             f"Set SSE_LOADTEST_TOKEN to a valid token, or SSE_LOADTEST_SECRET to the secret of SSE_AUTH=jwt."
         )
+    if moved:
+        raise CannotRun(f"HOST must be where the streams are, but {options.host} answered {status}, to {moved}.")
     if status != 200:
         raise CannotRun(f"{options.host} must open a stream, but answered {status}{_detail(body)}.")
 
@@ -302,10 +340,10 @@ def _run(options: argparse.Namespace) -> int:
     from loadtest.options import results_folder
 
     if not options.results:
-        now = datetime.now(UTC)
-        options.results = str(ROOT / results_folder(options, f"{now:%Y%m%d-%H%M%S}-{options.scenario}"))
+        options.results = str(
+            _new_folder(ROOT / results_folder(options, f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{options.scenario}"))
+        )
     folder = Path(options.results)
-    folder.mkdir(parents=True, exist_ok=True)
     result = folder / "result.json"
     result.unlink(missing_ok=True)
     more = ["--web-port", str(options.web_port)] if options.web else ["--headless"]
@@ -340,6 +378,18 @@ def _run(options: argparse.Namespace) -> int:
     # Once more, so that it stands last, whatever Locust wrote meanwhile.
     say(verdict_line(found))
     return found.exit_code
+
+
+def _new_folder(wanted: Path) -> Path:
+    """Make a folder that no other run has, which perhaps began in the same second."""
+    for number in itertools.count(1):
+        folder = wanted if number == 1 else wanted.with_name(f"{wanted.name}-{number}")
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return folder
+    raise AssertionError
 
 
 def _print_results(folder: Path) -> None:

@@ -33,6 +33,8 @@ def compare(a: Result, b: Result) -> str:
     ]
     if a.figures["streams"] != b.figures["streams"]:
         lines.append(f"Not alike: streams is {a.figures['streams']:g} in A and {b.figures['streams']:g} in B.")
+    if abs(a.seconds - b.seconds) > NOTICEABLE_PERCENT / 100 * max(a.seconds, b.seconds):
+        lines.append(f"Not alike: seconds is {a.seconds:g} in A and {b.seconds:g} in B; so are all counts.")
     lines.append(f"{'':<28}{'A':>14}{'B':>14}{'change':>10}")
     for name in FIGURES:
         before, after = a.figures.get(name), b.figures.get(name)

@@ -76,6 +76,8 @@ class Conductor:
         self._finished: set[str] = set()
         self._published: dict[str, Any] = {}
         self._told: set[str] = set()
+        self._asked_at: float | None = None
+        self._so_far: dict[str, dict[str, Any]] = {}
         self._over = False
         self._phase = "open"
 
@@ -108,7 +110,7 @@ class Conductor:
             self.void = changed
             self.stop(changed)
         elif self._gone(now):
-            self.stop(f"the target is gone: no stream has been open for {self.options.patience:g} s")
+            self.stop(f"the target is gone: no stream has been open for {self._patience():g} s")
         elif refusals and not self.collected.open and self.collected.tally["gave_up"] >= self._wanted():
             said = ", ".join(f"{count:,} times {status}" for status, count in sorted(refusals.items()))
             self.stop(f"every stream was refused for ever: {said}")
@@ -127,8 +129,9 @@ class Conductor:
                 self.collected.begin_step()
                 self._step_before = self._failures()
         else:
-            self._act(now - self._reached)
-            if now - self._reached >= self.scenario.stages[self._stage].seconds:
+            held = now - self._reached
+            self._act(held)
+            if self._stage_over(held):
                 self._end_stage(now)
         if self._over:
             self.finish()
@@ -163,11 +166,38 @@ class Conductor:
         before = round(self.scenario.stages[self._stage - 1].streams * self.streams) if self._stage else 0
         return abs(self._wanted() - before) / self.rate
 
+    def _stage_over(self, held: float) -> bool:
+        """
+        Tell whether the stage has been held for long enough.
+
+        Whoever leaves at its end must have what was published `settle` seconds before,
+        or it is lost; a short stage lasts longer for that.
+        """
+        stages, settle = self.scenario.stages, self.options.settle
+        seconds = stages[self._stage].seconds
+        if self._stage + 1 == len(stages) or stages[self._stage + 1].streams >= stages[self._stage].streams:
+            return held >= seconds
+        if self._asked_at is None:
+            if held >= max(seconds / 2, seconds - settle):
+                self._asked_at = held
+                self._so_far.clear()
+                self._tell("sse_say_so_far", {})
+            return False
+        return held >= max(seconds, self._asked_at + settle)
+
+    def so_far(self, worker: str, data: dict[str, Any]) -> None:
+        """A process says what it published so far; when all did, all hear it."""
+        self._so_far[worker] = data
+        if len(self._so_far) >= self.workers and self._phase != "end":
+            self._tell(
+                "sse_owed", {"published": {key: each for data in self._so_far.values() for key, each in data.items()}}
+            )
+
     def _begin_stage(self) -> None:
         self._stage_began = time.monotonic()
         # Those who are open already need no answer.
         self._answered = self._answers() - self.collected.open
-        self._reached = None
+        self._reached = self._asked_at = None
         self._phase = "to"
 
     def _answers(self) -> int:
@@ -252,10 +282,14 @@ class Conductor:
             self._tell("sse_disconnect", {"share": action.share})
 
     def _gone(self, now: float) -> bool:
-        if self.collected.open or not self._ever_open:
+        if self.collected.open or not self._ever_open or not self._wanted():
             self._ever_open = self._ever_open or bool(self.collected.open)
             self._seen_open = now
-        return now - self._seen_open > self.options.patience
+        return now - self._seen_open > self._patience()
+
+    def _patience(self) -> float:
+        # A reader of runs has no stream between two of them.
+        return self.options.patience + (self.scenario.run_every if "run" in self.scenario.users else 0.0)
 
     # --- The end
 
@@ -306,16 +340,22 @@ class Conductor:
             parts=self.watch.end(self.collected.most_open) if self.watch else [],
         )
         folder = results_folder(self.options, f"{self.began_at:%Y%m%d-%H%M%S}-{self.scenario.name}")
-        folder.mkdir(parents=True, exist_ok=True)
-        self.result.write(folder / "result.json")
-        (folder / "report.html").write_text(page(self.result))
         self.environment.process_exit_code = self.result.exit_code
         # Locust keeps errors in a table of its own; its web page shows it.
         for name in ("lost", "duplicate", "out_of_order"):
             for _ in range(min(1000, int(self.result.figures[name] or 0))):
                 self.environment.stats.log_error("SSE", "delivery", name)
+        # First of all for people: an hour's run is not lost with a full disk.
         say(self.result.as_text())
-        say(f"Written: {folder / 'result.json'}, {folder / 'report.html'}")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "report.html").write_text(page(self.result))
+            self.result.write(folder / "result.json")
+        except OSError as error:
+            say(f"The results could not be written into {folder}: {error.strerror}.")
+            self.environment.process_exit_code = BROKEN
+        else:
+            say(f"Written: {folder / 'result.json'}, {folder / 'report.html'}")
         say(verdict_line(self.result))
 
     def _wait(self, done: Callable[[], bool], seconds: float) -> None:
@@ -362,6 +402,8 @@ class Conductor:
             ("soft-failed", tally["soft_failed"]),
             ("refused", sum(count for name, count in tally.items() if name.startswith("refused:"))),
             ("broken", sum(count for name, count in tally.items() if name.startswith("broken:"))),
+            ("publishes failed", tally["publish_failed"]),
+            ("publishes repeated", tally["publish_repeated"]),
             ("runs ended", tally["runs_done"]),
             ("runs failed", tally["runs_failed"]),
             ("tokens lost", tally["tokens_lost"]),
@@ -400,10 +442,13 @@ class Wiring:
             events.report_to_master.add_listener(self._to_master)
             runner.register_message("sse_publish", self._publish)
             runner.register_message("sse_disconnect", self._disconnect)
+            runner.register_message("sse_say_so_far", self._say_so_far)
+            runner.register_message("sse_owed", self._owed)
             runner.register_message("sse_stop_publishing", self._stop_publishing, concurrent=True)
             runner.register_message("sse_finish", self._finish, concurrent=True)
         if isinstance(runner, MasterRunner):
             events.worker_report.add_listener(self._from_worker)
+            runner.register_message("sse_so_far", self._so_far)
             runner.register_message("sse_published", self._published)
             runner.register_message("sse_finished", self._finished)
         if self.leads:
@@ -501,17 +546,30 @@ class Wiring:
         generator, runner = self.generator, self.environment.runner
         if generator is None or runner is None:
             return
-        generator.publishing = False
+        generator.stop_publishing()
         # The publish in flight is waited for: what it says is acknowledged, or it is not.
         generator.between_publishes.wait(PUBLISH_PATIENCE)
-        published = {
-            key: [topic, each.number, each.first, each.last, generator.machine]
-            for key, (topic, each) in generator.published.items()
-        }
         if self.conductor is not None:
-            self.conductor.published("local", published)
+            self.conductor.published("local", generator.as_told())
         else:
-            runner.send_message("sse_published", published)
+            runner.send_message("sse_published", generator.as_told())
+
+    def _say_so_far(self, **_: object) -> None:
+        generator, runner = self.generator, self.environment.runner
+        if generator is None or runner is None:
+            return
+        if self.conductor is not None:
+            self.conductor.so_far("local", generator.as_told())
+        else:
+            runner.send_message("sse_so_far", generator.as_told())
+
+    def _so_far(self, msg: Any, **_: object) -> None:
+        if self.conductor is not None:
+            self.conductor.so_far(msg.node_id, msg.data)
+
+    def _owed(self, msg: Any, **_: object) -> None:
+        if self.generator is not None:
+            self.generator.owed = as_expected(msg.data["published"])
 
     def _published(self, msg: Any, **_: object) -> None:
         if self.conductor is not None:
@@ -537,7 +595,8 @@ class Wiring:
         if self.leads and self.conductor is not None and not self.conductor.result:
             if not self.conductor.stopped:
                 self.conductor.stop("interrupted", INTERRUPTED)
-            self.conductor.finish(settle=1.0)
+            # As at any end: events that are late are not lost.
+            self.conductor.finish()
 
     def _stop(self, **_: object) -> None:
         if self.generator is not None:

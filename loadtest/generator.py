@@ -9,7 +9,9 @@ sockets takes.
 import argparse
 import errno
 import heapq
+import math
 import random
+import ssl
 import time
 import uuid
 from collections import Counter
@@ -108,6 +110,7 @@ class Generator:
         self.streams: set[Stream] = set()
         self.ordinals: dict[str, Ordinals] = {}
         self.publishing = True
+        self.publishing_ended = math.inf
         self.may_publish = Event()
         self.between_publishes = Event()
         self.between_publishes.set()
@@ -115,6 +118,8 @@ class Generator:
             self.may_publish.set()
         self.closed = False
         self.published: dict[str, tuple[str, Published]] = {}
+        # What was acknowledged so long ago that a stream which leaves now must have it.
+        self.owed: dict[str, list[tuple[str, Published]]] = {}
         self._tick = tick
         self._greenlets: list[gevent.Greenlet] = []
 
@@ -152,9 +157,12 @@ class Generator:
         # An evicted stream's end may be read after its successor's head: the two come on two
         # connections. So a stream counts for its user when it has been open for a while.
         since = time.monotonic() - SETTLED_SECONDS
-        users = Counter(stream.user for stream in self.streams if stream.is_open and stream.opened_at < since)
+        shared = self.tokens.shared
+        users = Counter(
+            "" if shared else stream.user for stream in self.streams if stream.is_open and stream.opened_at < since
+        )
         self.measures.most_per_user = max(users.values(), default=0)
-        return self.measures.hand_over()
+        return self.measures.hand_over() | {"shared_user": shared}
 
     # --- Who reads what
 
@@ -188,6 +196,18 @@ class Generator:
         return f"/events?{'&'.join(query)}"
 
     # --- The end
+
+    def stop_publishing(self) -> None:
+        """Nothing is due any more; a publish in flight goes on."""
+        self.publishing = False
+        self.publishing_ended = time.monotonic()
+
+    def as_told(self) -> dict[str, Any]:
+        """Return what was published and acknowledged, as plain data for `as_expected`."""
+        return {
+            key: [topic, each.number, each.first, each.last, self.machine]
+            for key, (topic, each) in self.published.items()
+        }
 
     def cut(self, share: float) -> None:
         """Break this share of the open streams in this moment."""
@@ -260,7 +280,10 @@ class Stream(EventSource):
         generator.streams.add(self)
 
     def leave(self) -> None:
-        """The user went away: the stream counts no more."""
+        """The user went away: the stream counts no more, but what it owes by now does."""
+        owed = self.generator.owed
+        if owed and self.judged and not self.generator.closed and self.behind(owed):
+            self.miss(owed)
         self.generator.streams.discard(self)
         if self.is_open:
             self.is_open = False
@@ -357,7 +380,9 @@ class Stream(EventSource):
 
     def broken(self, error: Exception) -> None:
         if not self.generator.short_of(error):
-            name = errno.errorcode.get(getattr(error, "errno", None) or 0, "") or type(error).__name__
+            # The number of a TLS error is OpenSSL's: EPERM, by the kernel's names.
+            number = 0 if isinstance(error, ssl.SSLError) else getattr(error, "errno", None) or 0
+            name = errno.errorcode.get(number, "") or type(error).__name__
             self.generator.measures.tally[f"broken:{name}"] += 1
 
     def ended(self, clean: bool) -> None:

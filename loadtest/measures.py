@@ -158,6 +158,8 @@ class Collected:
         self.cpu_by_worker: dict[str, list[float]] = {}
         self._seconds: dict[int, Second] = {}
         self._closed_until = 0
+        self._per_user: dict[str, int] = {}
+        self._open_then: dict[str, int] = {}
         self._step: tuple[HdrHistogram, HdrHistogram] | None = None
 
     @property
@@ -172,12 +174,15 @@ class Collected:
         self.tally.update(report["tally"])
         self.open_by_worker[worker] = report["open"]
         self.most_open = max(self.most_open, self.open)
-        self.most_per_user = max(self.most_per_user, report["most_per_user"])
+        self._per_user[worker] = report["most_per_user"]
+        # One user's streams are in one process, but for a user that all of them share.
+        one = sum(self._per_user.values()) if report.get("shared_user") else report["most_per_user"]
+        self.most_per_user = max(self.most_per_user, one)
         # Bits of time at the end of a run say nothing of the load.
         if report["seconds"] > 0.5:
             self.cpu_by_worker.setdefault(worker, []).append(report["cpu_percent"])
+        self._spread(report)
         second = self._second(int(report["at"]))
-        second.tally.update(report["tally"])
         second.open[worker] = report["open"]
         second.cpu[worker] = max(second.cpu.get(worker, 0), report["cpu_percent"])
         for name, encoded in report["times"].items():
@@ -195,6 +200,17 @@ class Collected:
             if self._step and name in ("delivery", "lag"):
                 merge(self._step[name == "lag"], values)
         self._close(int(report["at"]) - self.LATE_SECONDS)
+
+    def _spread(self, report: dict[str, Any]) -> None:
+        """Give each second its share of what was counted: a report is of more or less than one, and not of whole ones."""
+        end = report["at"]
+        begin = min(end - report["seconds"], end - 1e-6)
+        given: Counter[str] = Counter()
+        for at in range(int(begin), int(end) + 1):
+            share = (min(end, at + 1) - begin) / (end - begin)
+            until = {name: round(count * share) for name, count in report["tally"].items()}
+            self._second(at).tally.update({name: count - given[name] for name, count in until.items()})
+            given.update({name: count - given[name] for name, count in until.items()})
 
     def begin_step(self) -> None:
         """Begin to keep delivery and lag apart, for a step of `breakpoint`."""
@@ -224,5 +240,8 @@ class Collected:
 
     def _close(self, until: int) -> None:
         for at in sorted(at for at in self._seconds if at < until):
-            self.timeline.append(self._seconds.pop(at).point({}))
+            second = self._seconds.pop(at)
+            # A process that reported shortly before and shortly after it has streams in it, too.
+            self._open_then |= second.open
+            self.timeline.append(second.point(self._open_then))
             self._closed_until = at + 1

@@ -48,7 +48,7 @@ OPTIONS = (
     Option("--insecure", False, "take any TLS certificate", None),
     Option("--settle", 10.0, "seconds that streams have for the last events, after publishing ended", float),
     Option("--patience", 15.0, "seconds without any open stream after which the target is gone", float),
-    Option("--results", "", "folder for result.json and report.html (default: .run/loadtest/TIME)"),
+    Option("--results", "", "folder for result.json and report.html (default: .run/loadtest/TIME-SCENARIO)"),
     Option("--stack", "", "folder of the local stack whose processes are watched (.run/8080)"),
 )
 
@@ -97,11 +97,20 @@ def chosen(options: argparse.Namespace) -> Scenario:
     scenarios = load_scenarios(Path(options.scenarios))
     if options.scenario not in scenarios:
         raise ScenarioError(f"SCENARIO must be one of {', '.join(scenarios)}, got {options.scenario!r}.")
-    for name, value, high in (("STREAMS", options.streams, 10_000_000), ("SECONDS", options.seconds, 604_800)):
+    for name, value, high in (
+        ("STREAMS", options.streams, 10_000_000), ("SECONDS", options.seconds, 604_800), ("RATE", options.rate, 1_000_000),
+    ):  # fmt: skip
         if not 0 <= value <= high:
             raise ScenarioError(
                 f"{name} must be from 1 to {high:,}, got {value:g}. Leave it out for the scenario's own."
             )
+    for name, value in (
+        ("--settle", options.settle),
+        ("--patience", options.patience),
+        ("--user-limit", options.user_limit),
+    ):
+        if not 0 <= value <= 1_000_000:
+            raise ScenarioError(f"{name} must be from 0 to 1,000,000, got {value:g}.")
     scenario = scenarios[options.scenario]
     return scenario.lasting(options.seconds) if options.seconds else scenario
 

@@ -62,6 +62,11 @@ class Publishing:
                     return
             finally:
                 self._generator.between_publishes.set()
+        # What a server held up until the end was due, and was not even sent.
+        elapsed = self._generator.publishing_ended - began
+        for (rate, _), first in zip(self._rates, sent, strict=True):
+            for number in range(first, int(elapsed * rate) + 1):
+                self._generator.measures.took("publish_delay", elapsed - number / rate)
 
     def publish(self, topics: list[str]) -> bool:
         """Publish one event to each of *topics*; return whether to go on."""
@@ -90,6 +95,7 @@ class Publishing:
             except (OSError, ProtocolError) as error:
                 generator.short_of(error)
                 status, answer = 0, b""
+                tally[f"publish_refused:{type(error).__name__}"] += 1
             if status == 201:
                 generator.measures.took("publish", time.monotonic() - began)
                 tally["published"] += len(events)
@@ -99,6 +105,8 @@ class Publishing:
                 tally["publish_failed"] += len(events)
                 tally[f"publish_refused:{status} {_reason(answer)}"] += 1
                 return False
+            if status:
+                tally[f"publish_refused:{status} {_reason(answer)}"] += 1
             if time.monotonic() - began > REPEAT_SECONDS or not generator.publishing:
                 # Whether it was served is not known, so these numbers prove nothing:
                 # whatever comes next counts from 1 under another key.

@@ -126,7 +126,13 @@ class Result:
 
     def write(self, path: Path) -> None:
         """Write the result as JSON."""
-        path.write_text(json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n")
+        # Whole or not at all, on a full disk.
+        unfinished = path.with_suffix(".part")
+        try:
+            unfinished.write_text(json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n")
+            unfinished.replace(path)
+        finally:
+            unfinished.unlink(missing_ok=True)
 
     @classmethod
     def read(cls, path: Path) -> "Result":

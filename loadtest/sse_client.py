@@ -14,6 +14,7 @@ import ssl
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from typing import Any
 from urllib.parse import urlsplit
 
 import gevent
@@ -23,6 +24,8 @@ from gevent.ssl import SSLContext
 from app.parser import Parser, ServerSentEvent
 
 CONNECT_SECONDS = 10.0
+# For a first look at which kind of address answers.
+PROBE_SECONDS = 2.0
 # From the request to the answer's head. nginx gives an upstream 60 s by default.
 HEAD_SECONDS = 60.0
 HEAD_MAX_BYTES = 65_536
@@ -64,7 +67,7 @@ class Target:
         self.sources = tuple(sources)
         # Once, not once per connect: ten thousand look-ups are a load test of DNS.
         found = plain_socket.getaddrinfo(self.host, port, type=socket.SOCK_STREAM)
-        self.addresses = [(family, address) for family, _, _, _, address in found]
+        self.addresses = self._reached([(family, address) for family, _, _, _, address in found])
         self._context: SSLContext | None = None
         if self.tls:
             self._context = SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -73,6 +76,25 @@ class Target:
             if insecure:
                 self._context.check_hostname = False
                 self._context.verify_mode = ssl.CERT_NONE
+
+    def _reached(self, found: list[tuple[int, Any]]) -> list[tuple[int, Any]]:
+        """
+        Return the addresses of the first family that takes a connect, as browsers look for one; all if none does.
+
+        A name often has IPv6 addresses that can't be reached from here: half of the streams would fail.
+        """
+        # Source addresses are IPv4, and would be of no use.
+        families = sorted(
+            dict.fromkeys(family for family, _ in found),
+            key=lambda family: bool(self.sources) and family != socket.AF_INET,
+        )
+        for family in families if len(families) > 1 else ():
+            own = [each for each in found if each[0] == family]
+            with suppress(OSError), socket.socket(family, socket.SOCK_STREAM) as probe:
+                probe.settimeout(PROBE_SECONDS)
+                probe.connect(own[0][1])
+                return own
+        return found
 
     def connect(self, number: int = 0, *, receive_bytes: int | None = None) -> socket.socket:
         """
@@ -287,9 +309,10 @@ class EventSource:
     def close(self) -> None:
         """End the connection under the reader, as a network that breaks."""
         if self._connection is not None:
-            # Wakes the greenlet that reads; a mere close would leave it waiting.
+            # Wakes the greenlet that reads; a mere close would leave it waiting. Not TLS's own
+            # `shutdown`: a reader that was about to read finds no TLS there, a ValueError.
             with suppress(OSError):
-                self._connection.shutdown(socket.SHUT_RDWR)
+                socket.socket.shutdown(self._connection, socket.SHUT_RDWR)
 
     def once(self) -> bool:
         """Connect and read one answer to its end; return whether to come back."""

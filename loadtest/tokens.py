@@ -39,6 +39,11 @@ class Tokens:
         """Whether a token says who the user is; else the address does, `?user=`."""
         return bool(self._token or self._secret)
 
+    @property
+    def shared(self) -> bool:
+        """Whether all streams are one user's, to the server."""
+        return bool(self._token)
+
     def headers(self, user: str) -> dict[str, str]:
         """Return the header that names *user*; a minted token is as old as this call."""
         if self._token:

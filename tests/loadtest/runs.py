@@ -27,7 +27,7 @@ streams_per_topic = {per}
 rate = {rate}
 connects_per_second = 50
 publish_when_open = true
-stages = [{{ streams = 1.0, seconds = {seconds} }}]
+stages = [{stages}]
 {more}
 """
 
@@ -79,10 +79,11 @@ class Run:
 
     def __init__(
         self, folder: Path, url: str, *more: str, per: int = 0, rate: float = 20, seconds: float = 3,
-        scenario: str = "", program: tuple[str, ...] = ("loadtest",), stdout: int = subprocess.PIPE,
+        scenario: str = "", stages: str = "", program: tuple[str, ...] = ("loadtest",), stdout: int = subprocess.PIPE,
     ) -> None:  # fmt: skip
         self.folder = folder
-        (folder / "scenarios.toml").write_text(SCENARIO.format(per=per, rate=rate, seconds=seconds, more=scenario))
+        stages = stages or f"{{ streams = 1.0, seconds = {seconds} }}"
+        (folder / "scenarios.toml").write_text(SCENARIO.format(per=per, rate=rate, stages=stages, more=scenario))
         command = [
             sys.executable, "-m", *program, "--host", url, "--scenario", "truth",
             "--scenarios", str(folder / "scenarios.toml"), "--results", str(folder / "results"), *more,

@@ -3,8 +3,10 @@ However a run of the load test ends: a clear sentence, the results so far, the r
 """
 
 import contextlib
+import errno
 import json
 import os
+import re
 import resource
 import signal
 import socket
@@ -12,11 +14,15 @@ import subprocess
 import sys
 import time
 import urllib.request
+from pathlib import Path
+from types import SimpleNamespace
 
 import jwt
 import pytest
 
 from app.stack import reserve_port
+from loadtest.__main__ import _new_folder, _target, parser
+from loadtest.result import Result
 from tests.loadtest.runs import PATIENT, ROOT, TOPIC, Run, processes_of
 
 
@@ -61,6 +67,15 @@ class TestBefore:
         assert "The token was refused" in run.stderr
         assert "the token expired" in run.stderr
 
+    def test_moved(self, server):
+        """Browsers would follow, and every connect of a load test would have a redirect in it: where to is told."""
+        truth = server(**{TOPIC: {"moved": "https://elsewhere.test/events"}})
+
+        run = refused("--host", truth.url)
+
+        assert 2 == run.returncode
+        assert "answered 301, to https://elsewhere.test/events" in run.stderr
+
     def test_too_few_descriptors(self):
         """The limit of one process, and how many would do."""
 
@@ -103,6 +118,12 @@ class TestBefore:
             (["--thresholds", "p99 <= 5"], "a threshold must be of a known figure, got 'p99'"),
             (["--streams", "-1"], "STREAMS must be from 1 to"),
             (["--host", "localhost:8080"], "HOST must be a URL"),
+            (["--host", "http://localhost:99999"], "HOST must be a URL"),
+            (["--host", "http://me:word@localhost"], "HOST must have no user and password in it"),
+            (["--rate", "-5"], "RATE must be from 1 to"),
+            (["--expect-workers", "0"], "--expect-workers must be from 1 to"),
+            (["--results", "/dev/null/x"], "--results must be a folder that can be made"),
+            (["--sources", "192.0.2.1"], "--sources must be IPv4 addresses of this machine, got '192.0.2.1'"),
             (["--claims", "[]"], "--claims must be a JSON object"),
             (["--scenarios", "/nowhere.toml"], "/nowhere.toml must be a file that can be read"),
         ],
@@ -118,8 +139,8 @@ class TestBefore:
 
 class TestMeanwhile:
     def test_ctrl_c(self, tmp_path, server):
-        """Ctrl-C keeps the results so far, and is no success."""
-        truth = server()
+        """Ctrl-C keeps the results so far, and is no success; what was on its way is no loss."""
+        truth = server(**{TOPIC: {"delay_ms": 2500}})
         run = Run(tmp_path, truth.url, PATIENT, seconds=60)
         run.until("hold.*deliveries [1-9]")
 
@@ -280,6 +301,72 @@ for here, missing in ((2, 0), (2, 1), (1, 0), (3, 0)):
     assert conductor.stopped == conductor.void
     print(f"{(here, missing)}: {conductor.void!r}", flush=True)
 """
+
+
+class TestResults:
+    def test_can_not_be_written(self):
+        """A disk that is full after an hour: the figures are shown all the same, and it is no success."""
+        script = alone(_UNWRITABLE)
+
+        assert re.search(r"(?m)^  streams +0 of 20 open", script.stdout), script.stderr
+        assert "The results could not be written into /dev/null/x: Not a directory." in script.stdout
+        assert "exit code 2" == script.stdout.splitlines()[-1]
+
+    def test_in_one_second(self, tmp_path):
+        """Two runs of one scenario that begin together have a folder each."""
+        assert ["run", "run-2"] == [_new_folder(tmp_path / "run").name for _ in range(2)]
+
+    def test_whole_or_not_at_all(self, tmp_path, monkeypatch):
+        """Nobody reads half a result."""
+
+        def full(path: Path, text: str) -> None:
+            path.write_bytes(text[:10].encode())
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(Path, "write_text", full)
+        result = Result.__new__(Result)
+        monkeypatch.setattr("loadtest.result.asdict", lambda _: {"figures": "many"})
+
+        with pytest.raises(OSError, match="No space"):
+            result.write(tmp_path / "result.json")
+
+        assert [] == list(tmp_path.iterdir())
+
+
+_UNWRITABLE = """
+from types import SimpleNamespace
+from loadtest.__main__ import parser
+from loadtest.conductor import Conductor
+
+environment = SimpleNamespace(runner=None, host="http://x")
+conductor = Conductor(environment, parser().parse_args(["--results=/dev/null/x"]))
+conductor._conclude()
+print("exit code", environment.process_exit_code)
+"""
+
+
+class TestStack:
+    def test_ctrl_c_while_it_ends(self, monkeypatch):
+        """A local stack that was started for the run ends with it, however impatient somebody is."""
+        ended = []
+
+        def run(command: list[str], **_: object) -> SimpleNamespace:
+            if "down" in command:
+                os.kill(os.getpid(), signal.SIGINT)
+                ended.append(command)
+            return SimpleNamespace(returncode=0)
+
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        monkeypatch.setattr("loadtest.__main__.subprocess.run", run)
+        options = parser().parse_args(["--port=1"])
+        try:
+            with _target(options):
+                pass
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+        assert 1 == len(ended)
 
 
 class TestLimit:

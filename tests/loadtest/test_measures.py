@@ -93,6 +93,25 @@ class TestCollected:
         assert 40 == sum(point["connects"] for point in collected.timeline)
         assert sorted({point["at"] for point in collected.timeline}) == [point["at"] for point in collected.timeline]
 
+    def test_reports_that_are_no_whole_seconds(self):
+        """A process reports every 1.05 s: no second looks empty or doubled, and no stream seems to have been away."""
+        collected = Collected()
+        for number in range(1, 60):
+            for worker, count, phase in (("a", 100, 0.02), ("b", 50, 0.5)):
+                measures = Measures()
+                measures.open = count
+                measures.tally["deliveries"] = round(count * 1.05)
+                collected.add(worker, measures.hand_over() | {"at": 1000 + phase + number * 1.05, "seconds": 1.05})
+        collected.add(
+            "a", measures.hand_over() | {"at": 1062.3, "seconds": 0.33, "tally": {"deliveries": 33}, "open": 100}
+        )
+        collected.end()
+
+        inner = collected.timeline[2:-2]
+        assert {150} == {point["open"] for point in inner}
+        assert all(145 <= point["deliveries"] <= 155 for point in inner), [point["deliveries"] for point in inner]
+        assert collected.tally["deliveries"] == sum(point["deliveries"] for point in collected.timeline)
+
 
 class TestMilliseconds:
     def test_nothing(self):

@@ -105,7 +105,9 @@ class TestVerdict:
     def test_processes_changed(self):
         """A process that died, or that came meanwhile, makes the run void and ends it."""
         result = judged(
-            collected(), stopped="1 of 2 generator processes dead or silent", void_because="1 of 2 generator processes dead or silent"
+            collected(),
+            stopped="1 of 2 generator processes dead or silent",
+            void_because="1 of 2 generator processes dead or silent",
         )
 
         assert (1, "void") == (result.exit_code, result.verdict)
@@ -203,6 +205,12 @@ class TestCompare:
     def test_unlike(self):
         assert "Not alike: workers is 1 in A and 2 in B." in compare(
             judged(collected()), judged(collected(), workers=2)
+        )
+
+    def test_of_different_length(self):
+        """Five times as many deliveries in five times the time are no better."""
+        assert "Not alike: seconds is 5 in A and 25 in B; so are all counts." in compare(
+            judged(collected()), judged(collected(), seconds=25.0)
         )
 
     def test_command(self, tmp_path, capsys):

@@ -68,6 +68,11 @@ class TestThresholds:
             assert thresholds["lost"] == Threshold("lost", "==", 0.0)
             assert thresholds["lag_p99_ms"].void
 
+    def test_limits(self):
+        """The scenario that asks whether the limit is kept has a threshold on it, by default of the kit's own."""
+        for overrides, bound in (([], 10), (["most_per_user <= 3"], 3)):
+            assert Threshold("most_per_user", "<=", bound, needed=True) in load_thresholds("limits", overrides, FIGURES)
+
     def test_overrides(self):
         """Later ones replace earlier ones; `off` leaves those on the generator."""
         found = load_thresholds("smoke", ["delivery_p99_ms<=7", "lag_p99_ms <= 9"], FIGURES)

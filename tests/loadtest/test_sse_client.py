@@ -18,10 +18,12 @@ from gevent.event import Event
 
 from app.parser import ServerSentEvent
 from loadtest.generator import Generator, Ordinals, Stream, as_expected
+from loadtest.measures import Collected
 from loadtest.options import OPTIONS, source_addresses
 from loadtest.publishing import Publishing
 from loadtest.scenario import load_scenarios
 from loadtest.sse_client import Answer, EventSource, Poster, ProtocolError, Target
+from loadtest.tokens import Tokens
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
 CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
@@ -282,6 +284,19 @@ class TestEventSource:
         assert turns > 20
 
 
+def certificate(folder: Path) -> ssl.SSLContext:
+    """Return a server's context, with a certificate that nobody trusts."""
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2",
+         "-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1",
+         "-keyout", str(folder / "key"), "-out", str(folder / "crt")],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(folder / "crt", folder / "key")
+    return context
+
+
 class TestTarget:
     def test_source_addresses(self, serve):
         """Streams are spread over the addresses, which is how more than 28,000 go to one port."""
@@ -305,15 +320,7 @@ class TestTarget:
 
     def test_tls(self, serve, tmp_path: Path):
         """Checked by default; `insecure` takes any."""
-        subprocess.run(
-            ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2",
-             "-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1",
-             "-keyout", str(tmp_path / "key"), "-out", str(tmp_path / "crt")],
-            check=True, capture_output=True,
-        )  # fmt: skip
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(tmp_path / "crt", tmp_path / "key")
-        server = serve([CHUNKED + chunk(OPEN) + b"0\r\n\r\n"], wrap=context)
+        server = serve([CHUNKED + chunk(OPEN) + b"0\r\n\r\n"], wrap=certificate(tmp_path))
         stream, strict = Heard(Target(server.url, insecure=True)), Heard(Target(server.url))
 
         with gevent.Timeout(20):
@@ -321,6 +328,40 @@ class TestTarget:
             stream.once()
 
         assert (["broken"], ["opened", "clean"]) == (strict.story, stream.story)
+
+    def test_tls_is_cut(self, serve, tmp_path: Path):
+        """A stream that is cut in the moment that it could read on ends as any other, and is no fault of the generator's."""
+        server = serve([CHUNKED + chunk(OPEN), 0.2, chunk(b"data: x\n\n"), "hold"], wrap=certificate(tmp_path))
+        stream = Heard(Target(server.url, insecure=True))
+        reader = gevent.spawn(stream.once)
+        with gevent.Timeout(20):
+            while not stream.story:
+                gevent.sleep(0.005)
+        gevent.spawn_later(0.05, stream.close)
+        gevent.sleep(0)
+        time.sleep(0.6)  # of the whole thread: afterwards both are due at once
+
+        assert reader.get(timeout=20)
+        assert ["opened", "cut"] == stream.story
+
+    @pytest.mark.parametrize("first", ["::1", "127.0.0.1"])
+    def test_name_with_two_kinds_of_addresses(self, serve, monkeypatch, first):
+        """Only one of them can be reached from here: all streams take that one."""
+        server = serve([CHUNKED + chunk(OPEN) + b"0\r\n\r\n"])
+        found = [
+            (socket.AF_INET6, socket.SOCK_STREAM, 6, "", ("::1", server.port, 0, 0)),
+            (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", server.port)),
+        ]
+        monkeypatch.setattr("socket.getaddrinfo", lambda *_, **__: sorted(found, key=lambda each: each[4][0] != first))
+
+        target = Target(f"http://staging.test:{server.port}")
+        streams = [Heard(target) for _ in range(2)]
+        for number, stream in enumerate(streams):
+            stream.number = number
+            with gevent.Timeout(20):
+                stream.once()
+
+        assert [["opened", "clean"]] * 2 == [stream.story for stream in streams]
 
 
 class TestPoster:
@@ -386,6 +427,44 @@ class TestGenerator:
 
         assert (0, 1) == (generator.measures.counts.lost, generator.measures.tally["unfinished"])
 
+    def test_error_of_tls(self):
+        """OpenSSL numbers its errors by itself: 1 is not EPERM."""
+        generator = self.make()
+
+        Stream(generator, 0).broken(ssl.SSLCertVerificationError(1, "self-signed certificate"))
+
+        assert ["broken:SSLCertVerificationError"] == list(generator.measures.tally)
+
+    def test_who_leaves(self, serve):
+        """What a stream owes when its user leaves is lost, as at the end of the run."""
+        generator = self.make(serve([CHUNKED + chunk(OPEN), "hold"]).url)
+        later = int(time.time() * 1e6) + 10**7
+        stays, leaves = Stream(generator, 0), Stream(generator, 1)
+        readers = [gevent.spawn(stream.once) for stream in (stays, leaves)]
+        with gevent.Timeout(20):
+            while generator.measures.open < 2:
+                gevent.sleep(0.005)
+
+        generator.owed = as_expected(
+            {"k": ["loadtest/1", 3, later, later], "of others": ["loadtest/9", 5, later, later]}
+        )
+        leaves.leave()
+
+        assert (3, 1) == (generator.measures.counts.lost, generator.measures.open)
+        gevent.killall(readers)
+
+    def test_one_token_is_one_user(self):
+        """To the server all streams with one token are one user's, in all processes together."""
+        collected = Collected()
+        for index in range(2):
+            generator = self.make(workers=2, index=index)
+            generator.tokens = Tokens("a token")
+            for ordinal in range(7):
+                Stream(generator, ordinal).is_open = True
+            collected.add(str(index), generator.hand_over())
+
+        assert 14 == collected.most_per_user
+
     def test_lag_is_measured(self):
         """A process that is kept busy says so."""
         generator = self.make(tick=0.005)
@@ -424,14 +503,44 @@ class TestGenerator:
         gevent.sleep(1.0)
         held.set()
         until(lambda: len(calls) > 1)
-        generator.publishing = False
+        generator.stop_publishing()
 
         assert generator.between_publishes.wait(10)
         publishing.join(10)
         late = generator.measures.times["publish_delay"]
         # One, and all that were due while it was held.
-        assert generator.measures.tally["published"] == late.total_count >= 100
+        assert late.total_count >= generator.measures.tally["published"] >= 100
         assert late.get_value_at_percentile(50) > 400_000
+
+    def test_stalled_until_the_end(self, monkeypatch):
+        """What was due while a server stalled is late, too, where the run ends before it could be published."""
+        held = Event()
+        monkeypatch.setattr("loadtest.publishing.Poster.post", lambda *_: (held.wait(30), (201, b"{}"))[1])
+        generator = self.make()  # 2 topics, one event a second each
+        publishing = gevent.spawn(Publishing(generator).run)
+        with gevent.Timeout(30):
+            while generator.between_publishes.is_set():
+                gevent.sleep(0.005)
+        gevent.sleep(1.1)
+        generator.stop_publishing()
+        held.set()
+        publishing.join(10)
+
+        # Due at 0, 0.5 and 1 s; the first was published.
+        assert 1 == generator.measures.tally["published"]
+        late = generator.measures.times["publish_delay"]
+        assert 3 == late.total_count
+        assert 500_000 < late.max_value < 5_000_000
+
+    def test_refused_publishes(self, monkeypatch):
+        """Why publishes were repeated is in the report."""
+        answers = [(429, b'{"detail": "too many"}'), (201, b"{}")]
+        monkeypatch.setattr("loadtest.publishing.Poster.post", lambda *_: answers.pop(0))
+        generator = self.make()
+
+        assert Publishing(generator).publish(["loadtest/0"])
+
+        assert {"publish_refused:429 too many": 1, "publish_repeated": 1, "published": 1} == generator.measures.tally
 
     def test_what_is_not_ours(self):
         """Data of somebody else that begins as ours does is passed over."""

@@ -19,6 +19,8 @@ FAULTS = {
     "replays": {"cut_at": [40]},
     "resets": {"cut_at": [40], "lose_on_cut": True, "reset": True},
     "silent at the end": {"drop": list(range(45, 10_000))},
+    # All streams leave before the end.
+    "silent to who leaves": {"drop": list(range(5, 10_000))},
     "soft": {"fallback": 5},
     **{f"{delay} ms": {"delay_ms": delay} for delay in (50, 200, 500)},
 }
@@ -31,7 +33,8 @@ def runs(tmp_path_factory) -> Iterator[dict[str, tuple[Run, Truth]]]:
     def start(name: str) -> tuple[Run, Truth]:
         truth = Truth({TOPIC.replace("__", "/"): FAULTS[name]})
         # Back after 0.1 s of `retry:`: some events pass meanwhile.
-        return Run(tmp_path_factory.mktemp("run"), truth.url, PATIENT, "--settle=2", rate=40), truth
+        leave = "{ streams = 1, seconds = 3 }, { streams = 0, seconds = 1 }" if "leaves" in name else ""
+        return Run(tmp_path_factory.mktemp("run"), truth.url, PATIENT, "--settle=2", rate=40, stages=leave), truth
 
     with all_at_once(FAULTS, start) as found:
         yield found
@@ -85,6 +88,14 @@ class TestCounts:
 
         assert 1 == run.code, run.output
         assert truth.truth()["dropped"] == run.figures["lost"] > 0
+
+    def test_who_leaves(self, runs):
+        """Who leaves before the end must have what was published before: nobody is left to miss it then."""
+        run, truth = runs["silent to who leaves"]
+
+        assert 1 == run.code, run.output
+        assert 0 < run.figures["lost"] <= truth.truth()["dropped"]
+        assert 0 == run.figures["lost"] % 8
 
     def test_soft_failed(self, runs):
         """A 200 that is no stream is not an open: it is counted, and the client comes back."""

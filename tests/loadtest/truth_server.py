@@ -7,7 +7,7 @@ FAULTS is JSON: topics to faults. `delay_ms` holds every event back; `drop`, `re
 `swap` name numbers: these never come, come twice, or come after their successor;
 `cut_at` ends the connection after these numbers, `lose_on_cut` does not replay them,
 `reset` says so. `flood` is a number of events of nobody's after each. `fallback` answers the first connects with a soft fail; `refuse_at`
-answers with a status after so many connects, `refuse_head` always.
+answers with a status after so many connects, `refuse_head` always; `moved` redirects.
 Runs repeat the numbered words of their prompt, with the faults of the topic `runs`: `drop`,
 `repeat` (the same event), `again` (as another event), `swap`, `cut_at`, `lose_on_cut`, and
 `drop_own` of its own words; `fail` and `no_end` after a number; `model` is another's name;
@@ -199,6 +199,9 @@ async def events(
     fault = FAULTS.get(topics[0], {})
     if fault.get("refuse_head"):
         await answer(writer, "401 Unauthorized", b"" if method == "HEAD" else b'{"detail": "the token expired"}')
+        return False
+    if "moved" in fault:
+        writer.write(f"HTTP/1.1 301 Moved\r\nLocation: {fault['moved']}\r\nContent-Length: 0\r\n\r\n".encode())
         return False
     if method == "HEAD":
         await answer(writer, "200 OK", b"", kind="text/event-stream")
