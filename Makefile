@@ -100,7 +100,7 @@ DEPLOY = @python3 k8s/deploy.py $@ --overlay "$(OVERLAY)" --context "$(CONTEXT)"
 IMAGES = --registry "$(REGISTRY)" --tag "$(or $(TAG),0.1.0)"
 
 .PHONY: image push render diff secrets deploy smoke rollback undeploy
-image: ## Build the images, with docker, podman or buildah (TAG=, REGISTRY=).
+image: ## Build the images, with docker, podman or buildah (TAG=, REGISTRY=, PLATFORM=).
 	@python3 k8s/images.py build $(IMAGES)
 push: ## Push them to REGISTRY.
 	@python3 k8s/images.py push $(IMAGES)
@@ -108,8 +108,8 @@ render: ## Print what OVERLAY=local would apply.
 	$(DEPLOY)
 diff: ## Show what `make deploy` would change.
 	$(DEPLOY)
-secrets: ## Make the Secrets that the overlay needs (REPLACE=1: new ones).
-	$(DEPLOY) $(if $(REPLACE),--replace)
+secrets: ## Make the Secrets that the overlay needs (REPLACE=sse-tls: that one anew).
+	$(DEPLOY) $(if $(REPLACE),--replace "$(REPLACE)")
 deploy: ## Check, show, apply, wait, test (OVERLAY=, IMAGE=, CONTEXT=, YES=1, SMOKE=0).
 	$(DEPLOY) $(if $(filter 0,$(SMOKE)),--no-smoke)
 smoke: ## Test streams inside of the cluster, with a rolling restart under them.

@@ -3,10 +3,13 @@ Bring an overlay to a cluster by kubectl: check first, show what changes, apply,
 
     python3 k8s/deploy.py deploy --overlay staging
 
-Needs kubectl and no Python package. Everything that can be known beforehand is
+Needs kubectl, Python 3.9 and no package. Everything that can be known beforehand is
 checked before anything is changed; each failure is one sentence with a cure.
 `make` has a target per command.
 """
+
+# Python 3.9, as macOS has it, cannot evaluate `str | None`.
+from __future__ import annotations
 
 import argparse
 import base64
@@ -36,6 +39,10 @@ LAPTOP = re.compile(r"^(kind-.*|minikube.*|k3d-.*|docker-desktop|rancher-desktop
 # A pod that waits for one of these will not start by waiting longer.
 STUCK = {"ErrImagePull", "ImagePullBackOff", "InvalidImageName", "CrashLoopBackOff", "CreateContainerConfigError", "CreateContainerError", "RunContainerError"}
 STUCK_SECONDS = float(os.environ.get("SSE_KIT_STUCK_SECONDS", "45"))
+# A cluster that grows brings a node within some minutes.
+NODE_SECONDS = 8 * STUCK_SECONDS
+NO_NODE = "no node has room: "
+UNREADY = "runs and is not ready"
 # Longer than the grace of the application's pods.
 HOLD_SECONDS = 300
 # What `kubectl rollout restart` writes into pods.
@@ -64,7 +71,7 @@ class Kubectl:
     def __init__(self, context: str = "") -> None:
         self.context = context
 
-    def run(self, *arguments: str, text: str | None = None, quiet: bool = True) -> "subprocess.CompletedProcess[str]":
+    def run(self, *arguments: str, text: str | None = None, quiet: bool = True) -> subprocess.CompletedProcess[str]:
         """Run it; its answer is captured unless not *quiet*."""
         command = ["kubectl", *([f"--context={self.context}"] if self.context else []), *arguments]
         try:
@@ -204,23 +211,33 @@ def render(overlay: str, image: str = "") -> str:
     if not image:
         return Kubectl().ask("kustomize", str(folder))
     name, tag, digest = split_image(image)
+    # An overlay may have another name in the place of sse-kit/app, and kustomize knows
+    # an image by the name that it has.
+    _, container = application(parse(Kubectl().ask("kustomize", str(folder))))
+    instead_of, _, _ = parts_of(container["image"])
     (ROOT / ".cache").mkdir(exist_ok=True)
     # Within the tree: kustomize follows no absolute paths, and `..` of a link leads elsewhere.
     with tempfile.TemporaryDirectory(prefix="deploy-", dir=(ROOT / ".cache").resolve()) as scratch:
-        override = {"name": "sse-kit/app", "newName": name} | ({"digest": digest} if digest else {"newTag": tag})
+        override = {"name": instead_of, "newName": name} | ({"digest": digest} if digest else {"newTag": tag})
         around = {"resources": [os.path.relpath(folder, scratch)], "images": [override]}
         (Path(scratch) / "kustomization.yaml").write_text(json.dumps(around))
         return Kubectl().ask("kustomize", scratch)
 
 
-def split_image(image: str) -> tuple[str, str, str]:
-    """Return name, tag and digest. Raises Failed where neither a tag nor a digest is there."""
+def parts_of(image: str) -> tuple[str, str, str]:
+    """Return name, tag and digest."""
     name, _, digest = image.partition("@")
     head, slash, last = name.rpartition("/")
     last, _, tag = last.partition(":")
-    if not last or not (tag or digest) or (digest and not re.fullmatch(r"sha256:[0-9a-f]{64}", digest)):
-        raise Failed(f"IMAGE must be NAME:TAG or NAME@sha256:…, got {image!r}.")
     return head + slash + last, tag, digest
+
+
+def split_image(image: str) -> tuple[str, str, str]:
+    """Return name, tag and digest. Raises Failed where neither a tag nor a digest is there."""
+    name, tag, digest = parts_of(image)
+    if not name or name.endswith("/") or not (tag or digest) or (digest and not re.fullmatch(r"sha256:[0-9a-f]{64}", digest)):
+        raise Failed(f"IMAGE must be NAME:TAG or NAME@sha256:…, got {image!r}.")
+    return name, tag, digest
 
 
 def parse(text: str) -> list[Object]:
@@ -243,10 +260,27 @@ def containers(objects: list[Object]) -> Iterator[tuple[str, Object, Object]]:
                 yield o["metadata"]["name"], container, spec
 
 
+def application(objects: list[Object]) -> tuple[Object, Object]:
+    """Return the application's Deployment and its container."""
+    for o in objects:
+        if o["kind"] == "Deployment" and o["metadata"]["name"] == "sse-app":
+            for container in o["spec"]["template"]["spec"]["containers"]:
+                if container["name"] == "app":
+                    return o, container
+    raise Failed("The overlay must have the Deployment sse-app with its container app, has not. Take namePrefix and nameSuffix out: another `namespace` keeps two kits apart.")
+
+
 def namespace_of(objects: list[Object]) -> str:
-    """Return the one namespace that all objects are in."""
-    (name,) = {o["metadata"]["namespace"] for o in objects if o["kind"] != "Namespace"}
-    return str(name)
+    """Return the application's namespace. An overlay may have objects of other ones, and of none."""
+    return str(application(objects)[0]["metadata"]["namespace"])
+
+
+def setting(objects: list[Object], name: str) -> str:
+    """Return what the application gets as *name*, or nothing."""
+    _, container = application(objects)
+    sources = [source["configMapRef"]["name"] for source in container.get("envFrom", []) if "configMapRef" in source]
+    values = {key: value for o in objects if o["kind"] == "ConfigMap" and o["metadata"]["name"] in sources for key, value in o["data"].items()}
+    return str((values | {entry["name"]: entry.get("value", "") for entry in container.get("env", [])}).get(name, ""))
 
 
 # --- Commands
@@ -259,9 +293,13 @@ def deploy(kubectl: Kubectl, options: argparse.Namespace) -> None:
     check_images(objects, options.overlay)
     check_kinds(kubectl, objects)
     check_secrets(kubectl, objects, options.overlay)
-    if show_diff(kubectl, text, namespace):
+    numbers = to_hand_over(kubectl, objects)
+    if show_diff(kubectl, text, objects):
+        for o in numbers:
+            say(f"deployment/{o['metadata']['name']} keeps its {o['spec']['replicas']} pods, whatever stands above: its autoscaler takes the number over.")
         confirm(kubectl, options, f"apply this to namespace {namespace}")
-        hand_over(kubectl, objects)
+        for o in numbers:
+            kubectl.ask("apply", "--server-side", f"--field-manager={MANAGER}-autoscaler", "--validate=false", "-f", "-", text=json.dumps(o))
         apply(kubectl, text)
     wait_for_all(kubectl, objects, options.overlay)
     if not options.no_smoke:
@@ -278,9 +316,11 @@ def prepared(kubectl: Kubectl, options: argparse.Namespace) -> tuple[str, list[O
     return text, parse(text)
 
 
-def show_diff(kubectl: Kubectl, text: str, namespace: str) -> bool:
+def show_diff(kubectl: Kubectl, text: str, objects: list[Object]) -> bool:
     """Print what would change; return whether anything would."""
-    if kubectl.get("namespace", namespace) is None:
+    namespace = namespace_of(objects)
+    # Without it in the overlay, the namespace is somebody else's, and we may not even look.
+    if any(o["kind"] == "Namespace" for o in objects) and kubectl.get("namespace", namespace) is None:
         say(f"Namespace {namespace} is new, and all that is in it.")
         return True
     # It changes nothing; whose fields these are is for `apply` to say.
@@ -299,18 +339,23 @@ def apply(kubectl: Kubectl, text: str) -> None:
     print(run.stdout, end="", flush=True)
     if run.returncode and "conflict" in run.stderr.lower():
         print(run.stderr, file=sys.stderr, end="")
-        raise Failed("No one else may own these fields (see above). Take them out of the overlay, or have their owner let go.")
+        raise Failed(
+            "No one else may own these fields (see above). Take them out of the overlay; or, where somebody changed them by hand, take them over: "
+            f"make render OVERLAY=… IMAGE=… | kubectl apply --server-side --field-manager={MANAGER} --force-conflicts -f -"
+        )
     if run.returncode:
         raise Failed(f"kubectl apply must succeed, said: {_last(run.stderr)}")
 
 
-def hand_over(kubectl: Kubectl, objects: list[Object]) -> None:
+def to_hand_over(kubectl: Kubectl, objects: list[Object]) -> list[Object]:
     """
-    Let go of the number of pods where an autoscaler is new, and keep it as it is.
+    Return the numbers of pods that we own still, and an autoscaler shall: as they are now.
 
-    A field that only we own and no longer apply is reset, here to one pod:
+    Somebody must own them before we let go. A field that only we own and no longer
+    apply is reset, here to one pod:
     https://kubernetes.io/docs/reference/using-api/server-side-apply/#transferring-ownership
     """
+    numbers = []
     for o in objects:
         if o["kind"] != "Deployment" or "replicas" in o["spec"]:
             continue
@@ -318,45 +363,72 @@ def hand_over(kubectl: Kubectl, objects: list[Object]) -> None:
         live = kubectl.get("-n", namespace, f"deployment/{name}", "--show-managed-fields")
         owners = (live or {"metadata": {}})["metadata"].get("managedFields", [])
         if live and any(each["manager"] == MANAGER and "f:replicas" in each.get("fieldsV1", {}).get("f:spec", {}) for each in owners):
-            number = {
+            numbers.append({
                 "apiVersion": o["apiVersion"], "kind": o["kind"], "metadata": {"name": name, "namespace": namespace},
                 "spec": {"replicas": live["spec"]["replicas"]},
-            }  # fmt: skip
-            kubectl.ask("apply", "--server-side", f"--field-manager={MANAGER}-autoscaler", "--validate=false", "-f", "-", text=json.dumps(number))
+            })  # fmt: skip
+    return numbers
 
 
 def wait_for_all(kubectl: Kubectl, objects: list[Object], overlay: str) -> None:
     """Wait until every workload runs as rendered. Raises Failed with the reason that a person needs."""
     namespace = namespace_of(objects)
-    for o in objects:
-        if o["kind"] in ("Deployment", "StatefulSet"):
-            deadline = time.monotonic() + o["spec"].get("progressDeadlineSeconds", 900)
-            wait_for(kubectl, namespace, f"{o['kind'].lower()}/{o['metadata']['name']}", deadline, overlay)
+    deadlines = {f"{o['kind'].lower()}/{o['metadata']['name']}": o["spec"].get("progressDeadlineSeconds", 900) for o in objects if o["kind"] in ("Deployment", "StatefulSet")}
+    for workload, seconds in deadlines.items():
+        # Among all of them: the application waits for a Redis that does not start.
+        wait_for(kubectl, namespace, workload, time.monotonic() + seconds, overlay, among=list(deadlines))
 
 
-def wait_for(kubectl: Kubectl, namespace: str, workload: str, deadline: float, overlay: str) -> None:
-    """Wait for one workload; give up early on pods that waiting does not help."""
-    stuck_since: dict[str, float] = {}
+def wait_for(kubectl: Kubectl, namespace: str, workload: str, deadline: float, overlay: str, among: list[str]) -> None:
+    """Wait for one workload; give up early on pods, *among* several workloads', that waiting does not help."""
+    watch, said = Watch(kubectl, namespace, among, overlay), ""
     while True:
         run = kubectl.run("-n", namespace, "rollout", "status", workload, "--timeout=10s")
         if run.returncode == 0:
             say(_last(run.stdout))
             return
-        now = time.monotonic()
-        stuck = dict(stuck_pods(kubectl, namespace, workload))
-        stuck_since = {pod: stuck_since.get(pod, now) for pod in stuck}
-        for pod, since in stuck_since.items():
-            if now - since >= STUCK_SECONDS:
-                explain(kubectl, namespace, pod, overlay)
-                raise Failed(f"{workload} must come up, but {pod} does not: {stuck[pod]}")
-        if now > deadline or "exceeded its progress deadline" in run.stderr:
-            explain(kubectl, namespace, next(iter(stuck), ""), overlay)
+        watch.look()
+        if run.stdout.strip() and _last(run.stdout) != said:
+            said = _last(run.stdout)
+            say(said)
+        if time.monotonic() > deadline or "exceeded its progress deadline" in run.stderr:
+            explain(kubectl, namespace, watch.suspect(), overlay)
             raise Failed(f"{workload} must come up in time, said: {_last(run.stderr)}")
 
 
+class Watch:
+    """Looks at the pods of workloads, and says for how long they have not been what they should."""
+
+    def __init__(self, kubectl: Kubectl, namespace: str, workloads: list[str], overlay: str) -> None:
+        self.kubectl, self.namespace, self.workloads, self.overlay = kubectl, namespace, workloads, overlay
+        self._since: dict[tuple[str, str], float] = {}
+        self._said: set[str] = set()
+
+    def look(self) -> None:
+        """Say what takes long. Raises Failed where a pod does not start and will not."""
+        now = time.monotonic()
+        found = {(workload, pod): reason for workload in self.workloads for pod, reason in stuck_pods(self.kubectl, self.namespace, workload)}
+        self._since = {key: self._since.get(key, now) for key in found}
+        for key, since in self._since.items():
+            (workload, pod), reason = key, found[key]
+            if reason == UNREADY:
+                if now - since >= STUCK_SECONDS and pod not in self._said:
+                    self._said.add(pod)
+                    lines = self.kubectl.run("-n", self.namespace, "logs", pod, "--all-containers", "--tail=5").stdout.splitlines()
+                    say("\n".join([f"{pod} runs and is not ready. Its last log lines:", *(f"  {line}" for line in lines)]))
+            elif now - since >= (NODE_SECONDS if reason.startswith(NO_NODE) else STUCK_SECONDS):
+                explain(self.kubectl, self.namespace, pod if pod != workload else "", self.overlay)
+                raise Failed(f"{workload} must come up, but {pod} does not: {reason}")
+
+    def suspect(self) -> str:
+        """Return a pod that is not what it should be, or nothing."""
+        return next((pod for workload, pod in self._since if pod != workload), "")
+
+
 def stuck_pods(kubectl: Kubectl, namespace: str, workload: str) -> Iterator[tuple[str, str]]:
-    """Return the workload's pods that do not start, each with the reason."""
-    selector = "app.kubernetes.io/name=" + workload.partition("/")[2]
+    """Return the workload's pods that are not what they should be, each with the reason; itself, if it may not make any."""
+    kind, _, name = workload.partition("/")
+    selector = ("batch.kubernetes.io/job-name=" if kind == "job" else "app.kubernetes.io/name=") + name
     pods = kubectl.get("-n", namespace, "pods", "-l", selector) or {"items": []}
     for pod in pods["items"]:
         status = pod.get("status", {})
@@ -366,7 +438,16 @@ def stuck_pods(kubectl: Kubectl, namespace: str, workload: str) -> Iterator[tupl
                 yield pod["metadata"]["name"], f"{waiting['reason']}: {waiting.get('message') or each.get('image', '')}"
         for condition in status.get("conditions", []):
             if condition.get("reason") == "Unschedulable":
-                yield pod["metadata"]["name"], f"no node has room: {condition.get('message', '')}"
+                yield pod["metadata"]["name"], NO_NODE + condition.get("message", "")
+        going = "deletionTimestamp" in pod["metadata"] or kind == "job"
+        if not going and any(each.get("started") and not each.get("ready") for each in status.get("containerStatuses", [])):
+            yield pod["metadata"]["name"], UNREADY
+    if kind == "deployment":
+        # A quota, a policy, a webhook: there are no pods to look at.
+        live = kubectl.get("-n", namespace, workload) or {}
+        for condition in live.get("status", {}).get("conditions", []):
+            if condition.get("type") == "ReplicaFailure" and condition.get("status") == "True":
+                yield workload, f"{condition.get('reason', '')}: {condition.get('message', '')}"
 
 
 def explain(kubectl: Kubectl, namespace: str, pod: str, overlay: str) -> None:
@@ -386,64 +467,62 @@ def explain(kubectl: Kubectl, namespace: str, pod: str, overlay: str) -> None:
 def diff(kubectl: Kubectl, options: argparse.Namespace) -> None:
     """Show what `deploy` would change."""
     text, objects = prepared(kubectl, options)
-    show_diff(kubectl, text, namespace_of(objects))
+    show_diff(kubectl, text, objects)
 
 
 def rollback(kubectl: Kubectl, options: argparse.Namespace) -> None:
-    """Bring each Deployment's version of before back. The ConfigMaps of before are still there."""
+    """
+    Bring each Deployment's version of before back. The ConfigMaps of before are still there.
+
+    Not by `kubectl rollout undo`: what it changes belongs to another manager of fields
+    from then on, beside us even if we apply the same, and the next deploy meets a conflict.
+    """
     _, objects = prepared(kubectl, options)
     namespace = namespace_of(objects)
     confirm(kubectl, options, f"bring the version of before back in namespace {namespace}")
     for o in objects:
         if o["kind"] == "Deployment":
-            name = f"deployment/{o['metadata']['name']}"
-            revision = revision_before(kubectl, namespace, o["metadata"]["name"])
-            if revision is None:
-                say(f"{name} has no version of before, and stays.")
+            name = o["metadata"]["name"]
+            live = kubectl.get("-n", namespace, f"deployment/{name}")
+            before = version_before(kubectl, namespace, name)
+            if live is None or before is None:
+                say(f"deployment/{name} has no version of before, and stays.")
                 continue
-            say(_last(kubectl.ask("-n", namespace, "rollout", "undo", name, f"--to-revision={revision}")))
-            take_over(kubectl, namespace, name, "replicas" in o["spec"])
+            number, template = before
+            spec = live["spec"] | {"template": template}
+            if "replicas" not in o["spec"]:
+                spec.pop("replicas", None)  # an autoscaler's
+            mine = {
+                "apiVersion": live["apiVersion"], "kind": live["kind"], "spec": spec,
+                "metadata": {key: live["metadata"][key] for key in ("name", "namespace", "labels")},
+            }  # fmt: skip
+            kubectl.ask("apply", "--server-side", f"--field-manager={MANAGER}", "--force-conflicts", "-f", "-", text=json.dumps(mine))
+            say(f"deployment/{name} goes back to revision {number}.")
     wait_for_all(kubectl, objects, options.overlay)
 
 
-def revision_before(kubectl: Kubectl, namespace: str, name: str) -> int | None:
+def version_before(kubectl: Kubectl, namespace: str, name: str) -> tuple[int, Object] | None:
     """
-    Return the newest revision of a Deployment that is not what runs now.
+    Return the newest revision of a Deployment that is not what runs now, and its pods' template.
 
     kubectl's own choice would be the revision before the last: after a smoke test,
     whose restart is a revision too, that is the version that runs.
     """
     sets = (kubectl.get("-n", namespace, "replicasets", "-l", f"app.kubernetes.io/name={name}") or {"items": []})["items"]
-    by_number = {int(s["metadata"].get("annotations", {}).get("deployment.kubernetes.io/revision", 0)): s for s in sets}
-    numbers = sorted(by_number, reverse=True)
-    now = version_of(by_number[numbers[0]]) if numbers else ""
-    return next((number for number in numbers if version_of(by_number[number]) != now), None)
+    versions = sorted(((int(s["metadata"].get("annotations", {}).get("deployment.kubernetes.io/revision", 0)), template_of(s)) for s in sets), key=lambda version: -version[0])
+    return next((version for version in versions if version[1] != versions[0][1]), None)
 
 
-def version_of(replica_set: Object) -> str:
+def template_of(replica_set: Object) -> Object:
     """Return what a ReplicaSet's pods are, whatever they are called and however often they were restarted."""
-    template = json.loads(json.dumps(replica_set["spec"]["template"]))
-    template["metadata"].get("labels", {}).pop("pod-template-hash", None)
-    annotations = template["metadata"].pop("annotations", {})
-    annotations.pop(RESTARTED, None)
-    template["metadata"].pop("creationTimestamp", None)
-    return json.dumps([template, annotations], sort_keys=True)
-
-
-def take_over(kubectl: Kubectl, namespace: str, name: str, replicas: bool) -> None:
-    """Own again what `rollout undo` changed as another manager of fields: else the next deploy would meet a conflict."""
-    live = kubectl.get("-n", namespace, name)
-    if live is None:
-        return
-    spec = live["spec"]
-    if not replicas:
-        spec.pop("replicas", None)  # an autoscaler's
-    spec["template"]["metadata"].get("annotations", {}).pop(RESTARTED, None)
-    mine = {
-        "apiVersion": live["apiVersion"], "kind": live["kind"], "spec": spec,
-        "metadata": {key: live["metadata"][key] for key in ("name", "namespace", "labels")},
-    }  # fmt: skip
-    kubectl.ask("apply", "--server-side", f"--field-manager={MANAGER}", "--force-conflicts", "-f", "-", text=json.dumps(mine))
+    template: Object = json.loads(json.dumps(replica_set["spec"]["template"]))
+    metadata = template["metadata"]
+    metadata.get("labels", {}).pop("pod-template-hash", None)
+    metadata.get("annotations", {}).pop(RESTARTED, None)
+    metadata.pop("creationTimestamp", None)
+    if not metadata.get("annotations"):
+        metadata.pop("annotations", None)
+    return template
 
 
 def undeploy(kubectl: Kubectl, options: argparse.Namespace) -> None:
@@ -472,20 +551,26 @@ def confirm(kubectl: Kubectl, options: argparse.Namespace, what: str) -> None:
 
 
 def make_secrets(kubectl: Kubectl, options: argparse.Namespace) -> None:
-    """Make the Secrets that the overlay needs and that are not there: from the environment, or at random."""
+    """Make the Secrets that the overlay needs and that are not there, or that are to be replaced: from the environment, or at random."""
     _, objects = prepared(kubectl, options)
     namespace = namespace_of(objects)
     wanted = needed_secrets(objects)
-    made = {name: secret_data(name, keys) for name, keys in wanted.items() if kubectl.get("namespace", namespace) is None or kubectl.get("-n", namespace, "secret", name) is None or options.replace}
+    named = set(wanted) if options.replace == "1" else set(re.split(r"[,\s]+", options.replace)) - {""}
+    if named - set(wanted):
+        raise Failed(f"REPLACE must be 1 for all, or some of {', '.join(sorted(wanted)) or 'none'}, got {options.replace!r}.")
+    there = {name: secret for name in wanted if (secret := kubectl.get("-n", namespace, "secret", name))}
+    made = {name: secret_data(name, keys) for name, keys in wanted.items() if name not in there or name in named}
     for name in sorted(set(wanted) - set(made)):
-        missing = wanted[name] - set((kubectl.get("-n", namespace, "secret", name) or {}).get("data", {}))
+        missing = wanted[name] - set(there[name].get("data", {}))
         if missing:
             raise Failed(f"Secret {name} must have {', '.join(sorted(missing))}, has not: another component made it. Delete it, and call this again: kubectl -n {namespace} delete secret {name}")
-        say(f"Secret {name} is there, and stays. REPLACE=1 makes a new one.")
+        say(f"Secret {name} is there, and stays. REPLACE={name} makes a new one.")
     if not made:
         return
-    confirm(kubectl, options, f"make {', '.join(sorted(made))} in namespace {namespace}")
-    apply(kubectl, json.dumps(next(o for o in objects if o["kind"] == "Namespace")))
+    confirm(kubectl, options, " and ".join(filter(None, (_listed("make", set(made) - set(there)), _listed("replace", set(made) & set(there))))) + f" in namespace {namespace}")
+    for o in objects:
+        if o["kind"] == "Namespace":
+            apply(kubectl, json.dumps(o))
     for name, data in sorted(made.items()):
         # Through standard input: arguments of processes can be seen by others.
         secret = {
@@ -496,6 +581,14 @@ def make_secrets(kubectl: Kubectl, options: argparse.Namespace) -> None:
         }  # fmt: skip
         kubectl.ask("apply", "--server-side", f"--field-manager={MANAGER}", "--force-conflicts", "-f", "-", text=json.dumps(secret))
         say(f"Secret {name} made: {', '.join(sorted(data))}.")
+        # Keys of tokens and certificates are files that are read again; the rest is not.
+        if name in there and name not in ("sse-jwt", "sse-tls"):
+            readers = [f"{o['kind'].lower()}/{o['metadata']['name']}" for o in objects if o["kind"] in ("Deployment", "StatefulSet") and name in needed_secrets([o])]
+            say(f"Pods read it when they start: kubectl -n {namespace} rollout restart {' '.join(sorted(readers, reverse=True))}")
+
+
+def _listed(verb: str, names: set[str]) -> str:
+    return f"{verb} {', '.join(sorted(names))}" if names else ""
 
 
 def secret_data(name: str, keys: set[str]) -> dict[str, str]:
@@ -590,6 +683,12 @@ def smoke(kubectl: Kubectl, options: argparse.Namespace) -> None:
     """Run the smoke test's Job, and a rolling restart under its streams. Raises Failed if it found anything."""
     _, objects = prepared(kubectl, options)
     namespace = namespace_of(objects)
+    if setting(objects, "SSE_AUTH") == "jwt" and not setting(objects, "SSE_JWT_SECRET_FILE"):
+        why = "The smoke test makes its own tokens with the key in SSE_JWT_SECRET_FILE, and the overlay has none: only your identity provider can make them."
+        if options.command == "smoke":
+            raise Failed(f"{why} Test with a token of its: make loadtest-cluster OPTIONS='--token=…'")
+        say(f"{why} It is left out.")
+        return
     items = smoke_objects(objects)
     (job,) = (o for o in items if o["kind"] == "Job")
     name = job["metadata"]["name"]
@@ -599,7 +698,7 @@ def smoke(kubectl: Kubectl, options: argparse.Namespace) -> None:
         if follow(kubectl, namespace, name, until="holding"):
             say("Restarting the application under its streams.")
             kubectl.ask("-n", namespace, "rollout", "restart", "deployment/sse-app")
-            wait_for(kubectl, namespace, "deployment/sse-app", time.monotonic() + 1800, options.overlay)
+            wait_for(kubectl, namespace, "deployment/sse-app", time.monotonic() + 1800, options.overlay, among=["deployment/sse-app"])
             # The rollout is over when the new pods are ready; the old ones only begin to drain.
             wait_for_old(kubectl, namespace, "sse-app", HOLD_SECONDS)
             kubectl.ask("-n", namespace, "exec", f"job/{name}", "--", "touch", "/tmp/stop")
@@ -627,7 +726,7 @@ def smoke_objects(objects: list[Object]) -> list[Object]:
     """Return the smoke test's Job and its ConfigMap, fitted to what *objects* deploy."""
     items = parse(Kubectl().ask("kustomize", str(HERE / "smoke")))
     namespace = namespace_of(objects)
-    (app,) = (c for name, c, _ in containers(objects) if name == "sse-app" and c["name"] == "app")
+    _, app = application(objects)
     name = f"sse-smoke-{secrets.token_hex(3)}"
     for o in items:
         o["metadata"] |= {"namespace": namespace, "name": name}
@@ -644,6 +743,8 @@ def smoke_objects(objects: list[Object]) -> list[Object]:
                 volume["configMap"]["name"] = name
         if any(secret == "sse-jwt" for secret in needed_secrets(objects)):
             container["env"].append({"name": "SMOKE_JWT_SECRET_FILE", "value": "/sse/jwt/secret"})
+            for each in ("AUDIENCE", "ISSUER"):
+                container["env"] += [{"name": f"SMOKE_JWT_{each}", "value": value} for value in [setting(objects, f"SSE_JWT_{each}")] if value]
             container["volumeMounts"].append({"name": "jwt", "mountPath": "/sse/jwt", "readOnly": True})
             spec["volumes"].append({"name": "jwt", "secret": {"secretName": "sse-jwt"}})
     return items
@@ -664,12 +765,14 @@ def exempts(objects: list[Object]) -> bool:
 def follow(kubectl: Kubectl, namespace: str, job: str, until: str, seconds: float = 900) -> bool:
     """Wait for a line *until* in the Job's log; return False if the Job ended before."""
     deadline = time.monotonic() + seconds
+    watch = Watch(kubectl, namespace, [f"job/{job}"], "")
     while time.monotonic() < deadline:
         status = (kubectl.get("-n", namespace, "job", job) or {}).get("status", {})
         if until and until in kubectl.run("-n", namespace, "logs", f"job/{job}", "--tail=-1").stdout.split():
             return True
         if status.get("succeeded") or status.get("failed"):
             return False
+        watch.look()
         time.sleep(1)
     raise Failed(f"Job {job} must come to its end in {seconds:g} s, did not.")
 
@@ -725,10 +828,14 @@ def loadtest_objects(objects: list[Object], options: argparse.Namespace) -> list
         )
     items = parse(Kubectl().ask("kustomize", str(HERE / "components" / "load-test" / "run")))
     namespace = namespace_of(objects)
-    (app,) = (c for name, c, _ in containers(objects) if name == "sse-app" and c["name"] == "app")
+    _, app = application(objects)
+    # Who may pull the one image may pull the other: from the same registry.
+    pull = next((o["imagePullSecrets"] for o in objects if o["kind"] == "ServiceAccount" and o["metadata"]["name"] == "sse-app" and "imagePullSecrets" in o), None)
     image = loadtest_image(app["image"], options.loadtest_image)
     for o in items:
         o["metadata"]["namespace"] = namespace
+        if o["kind"] == "ServiceAccount" and pull:
+            o["imagePullSecrets"] = pull
         if o["kind"] != "Job":
             continue
         o["spec"]["activeDeadlineSeconds"] += int(float(options.seconds or 0))
@@ -743,8 +850,12 @@ def loadtest_objects(objects: list[Object], options: argparse.Namespace) -> list
             command += [f"--{name}={getattr(options, name)}"] if getattr(options, name) else []
         # The certificate may be one of `make secrets`.
         command += ["--insecure"] if fitted["--host"].startswith("https:") else []
+        claims = {"aud": setting(objects, "SSE_JWT_AUDIENCE"), "iss": setting(objects, "SSE_JWT_ISSUER")}
+        claims = {name: value for name, value in claims.items() if value}
+        command += [f"--claims={json.dumps(claims)}"] if claims else []
         container["command"] = command + shlex.split(options.options)
-        if "sse-jwt" in needed_secrets(objects):
+        # The Secret's volume may be left where an identity provider's keys are in its place.
+        if setting(objects, "SSE_JWT_SECRET_FILE") and "sse-jwt" in needed_secrets(objects):
             key = {"secretKeyRef": {"name": "sse-jwt", "key": "secret"}}
             container["env"] = [{"name": "SSE_LOADTEST_SECRET", "valueFrom": key}]
     return items
@@ -764,7 +875,7 @@ def loadtest_image(app: str, given: str) -> str:
 def follow_log(kubectl: Kubectl, namespace: str, overlay: str) -> list[str]:
     """Show the master's log while it grows, without the packed results; return all of it when its Job is over."""
     lines: list[str] = []
-    stuck_since: dict[str, float] = {}
+    watch = Watch(kubectl, namespace, [f"job/{MASTER}", f"job/{WORKER}"], "")
     packed = False
     while True:
         status = (kubectl.get("-n", namespace, "job", MASTER) or {}).get("status", {})
@@ -779,13 +890,7 @@ def follow_log(kubectl: Kubectl, namespace: str, overlay: str) -> list[str]:
                 say(line)
         if over:
             return lines
-        now = time.monotonic()
-        stuck = dict([*stuck_pods(kubectl, namespace, f"job/{MASTER}"), *stuck_pods(kubectl, namespace, f"job/{WORKER}")])
-        stuck_since = {pod: stuck_since.get(pod, now) for pod in stuck}
-        for pod, since in stuck_since.items():
-            if now - since >= STUCK_SECONDS:
-                explain(kubectl, namespace, pod, "")
-                raise Failed(f"The load test must start, but {pod} does not: {stuck[pod]}")
+        watch.look()
         time.sleep(1)
 
 
@@ -817,7 +922,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--image", default="", help="the application's image, NAME:TAG or NAME@sha256:…")
     parser.add_argument("--yes", action="store_true", help="do not ask")
     parser.add_argument("--no-smoke", action="store_true", help="leave the smoke test out")
-    parser.add_argument("--replace", action="store_true", help="secrets: make new ones for those that are there")
+    parser.add_argument("--replace", default="", help="secrets: make new ones for these that are there, names with commas; 1: for all")
     run = parser.add_argument_group("loadtest-cluster")
     run.add_argument("--workers", type=int, default=1, help="pods that hold streams (default: 1)")
     run.add_argument("--loadtest-image", default="", help="the load test's image (default: the one beside the application's)")

@@ -5,6 +5,9 @@ Build the kit's images and push them, with whichever of docker, podman and build
     python3 k8s/images.py push --tag 0.1.0 --registry registry.example.com/sse
 """
 
+# Python 3.9, as macOS has it, is enough.
+from __future__ import annotations
+
 import argparse
 import os
 import subprocess
@@ -42,10 +45,11 @@ def names(registry: str, tag: str) -> dict[str, str]:
 
 
 def build(registry: str, tag: str) -> None:
-    """Build all images, for this machine's kind of processor."""
+    """Build all images, for PLATFORM or this machine's kind of processor."""
     command = tool()
     for name, file in names(registry, tag).items():
         arguments = [f"--build-arg={key}={os.environ[key]}" for key in ARGUMENTS if os.environ.get(key)]
+        arguments += [f"--platform={os.environ['PLATFORM']}"] if os.environ.get("PLATFORM") else []
         arguments += [f"--build-arg=VERSION={tag}", f"--build-arg=REVISION={revision()}"]
         _run([command, "build", "-f", file, "-t", name, *arguments, "."])
         print(f"Image {name} is there, made by {command}.", flush=True)
@@ -58,7 +62,9 @@ def push(registry: str, tag: str) -> None:
     command = tool()
     for name in names(registry, tag):
         _run([command, "push", name])
-        print(f"Image {name} is pushed. Deploy it: make deploy IMAGE={name} OVERLAY=staging", flush=True)
+        print(f"Image {name} is pushed.", flush=True)
+    (app,) = (name for name, file in names(registry, tag).items() if file == IMAGES["app"])
+    print(f"Deploy it: make deploy IMAGE={app} OVERLAY=staging", flush=True)
 
 
 def revision() -> str:

@@ -28,6 +28,8 @@ PODS = os.environ.get("SMOKE_PODS", "sse-app-headless:8000")
 # Set where nginx counts nobody in here: the component load-test.
 EXEMPT = bool(os.environ.get("SMOKE_EXEMPT", ""))
 SECRET_FILE = os.environ.get("SMOKE_JWT_SECRET_FILE", "")
+# What the deployment asks of tokens: SSE_JWT_AUDIENCE, SSE_JWT_ISSUER.
+CLAIMS = {name: value for name, value in (("aud", os.environ.get("SMOKE_JWT_AUDIENCE")), ("iss", os.environ.get("SMOKE_JWT_ISSUER"))) if value}
 STOP = Path(os.environ.get("SMOKE_STOP_FILE", "/tmp/stop"))
 HOLD_SECONDS = float(os.environ.get("SMOKE_HOLD_SECONDS", "840"))
 TOPIC = f"smoke:{uuid.uuid4().hex}"
@@ -40,7 +42,7 @@ def headers(user: str = "smoke") -> dict[str, str]:
         return {}
     now = int(time.time())
     rights = {"subscribe": ["smoke:*"], "publish": ["smoke:*"]}
-    claims = {"sub": user, "iat": now, "exp": now + 3600, "sse": rights}
+    claims = {"sub": user, "iat": now, "exp": now + 3600, "sse": rights} | CLAIMS
     return {"Authorization": "Bearer " + jwt.encode(claims, Path(SECRET_FILE).read_text().strip(), "HS256")}
 
 

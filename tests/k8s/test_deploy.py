@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 import redis
 
+from k8s import deploy
 from k8s.deploy import Failed, acl, containers, needed_secrets, secret_data, split_image
 from loadtest.__main__ import _print_results
 from tests.k8s.rendered import ROOT, composed, overlay
@@ -76,7 +77,6 @@ GOOD: list[Answer] = [
     ("diff", (1, "+  replicas: 3\n", "")),
     ("apply", (0, "deployment.apps/sse-app serverside-applied\n", "")),
     ("rollout status", (0, "successfully rolled out\n", "")),
-    ("rollout undo", (0, "deployment.apps/sse-app rolled back\n", "")),
     ("delete", (0, "deleted\n", "")),
 ]
 
@@ -87,7 +87,9 @@ class Run:
     def __init__(self, folder: Path, kubectl: str) -> None:
         self.folder, self.kubectl = folder, kubectl
 
-    def __call__(self, *arguments: str, world: list[Answer] | None = None, first: list[Answer] | None = None, env: dict[str, str] | None = None, fake: bool = True) -> "subprocess.CompletedProcess[str]":
+    def __call__(
+        self, *arguments: str, world: list[Answer] | None = None, first: list[Answer] | None = None, env: dict[str, str] | None = None, fake: bool = True, tree: Path = ROOT
+    ) -> "subprocess.CompletedProcess[str]":
         programs = self.folder / "programs"
         programs.mkdir(exist_ok=True)
         (self.folder / "log").write_text("")
@@ -102,7 +104,7 @@ class Run:
             if not (programs / tool).exists() and shutil.which(tool):
                 (programs / tool).symlink_to(str(shutil.which(tool)))
         return subprocess.run(
-            [sys.executable, str(ROOT / "k8s/deploy.py"), *arguments],
+            [sys.executable, str(tree / "k8s/deploy.py"), *arguments],
             env={"PATH": str(programs), "HOME": str(self.folder)} | (env or {}), capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False,
         )  # fmt: skip
 
@@ -123,6 +125,14 @@ def replica_set(revision: str, image: str, restarted: str) -> dict[str, Any]:
     return {"metadata": {"annotations": {"deployment.kubernetes.io/revision": revision}}, "spec": {"template": template}}
 
 
+# A rollout that is not over, and nothing to see.
+WAITING: list[Answer] = [
+    ("rollout status deployment/sse-app", (1, "", "error: timed out waiting for the condition")),
+    ("get deployment/sse --show-managed-fields", (0, "", "")),
+    ("get deployment/", (0, "{}", "")),
+    ("get events", (0, "", "")),
+    ("logs", (0, "", "")),
+]
 DEPLOY = ("deploy", "--overlay", "staging", "--image", IMAGE, "--yes", "--no-smoke")
 
 
@@ -176,10 +186,9 @@ class TestWhatIsWrong:
         status = {"initContainerStatuses": [], "containerStatuses": [{"state": {"waiting": {"reason": "ImagePullBackOff", "message": f'Back-off pulling image "{IMAGE}"'}}}]}
         pods = {"items": [{"metadata": {"name": "sse-app-1"}, "status": status}]}
         first: list[Answer] = [
-            ("rollout status deployment/sse-app", (1, "", "error: timed out waiting for the condition")),
             ("get pods", (0, json.dumps(pods), "")),
             ("get events", (0, "LAST SEEN  REASON\n1s  Failed to pull image\n", "")),
-            ("logs", (0, "", "")),
+            *WAITING,
         ]  # fmt: skip
         done = run(*DEPLOY, first=first, env={"SSE_KIT_STUCK_SECONDS": "0"})
 
@@ -187,6 +196,60 @@ class TestWhatIsWrong:
         assert f'deployment/sse-app must come up, but sse-app-1 does not: ImagePullBackOff: Back-off pulling image "{IMAGE}"' in done.stderr
         assert "Failed to pull image" in done.stderr
         assert "To go back: make rollback OVERLAY=staging" in done.stderr
+
+    def test_a_redis_that_does_not_start(self, run):
+        """The application waits for it, and is waited for first: the reason comes at once all the same."""
+        status = {"conditions": [{"reason": "Unschedulable", "message": "pod has unbound immediate PersistentVolumeClaims"}]}
+        pods = {"items": [{"metadata": {"name": "sse-redis-0"}, "status": status}]}
+        late: list[Answer] = [("rollout status", (1, "", 'error: deployment "sse-app" exceeded its progress deadline'))]
+        first: list[Answer] = [*late, *WAITING, ("get pods name=sse-redis", (0, json.dumps(pods), "")), ("get pods", (0, '{"items": []}', ""))]
+        done = run(*DEPLOY, first=first, env={"SSE_KIT_STUCK_SECONDS": "0"})
+
+        assert 1 == done.returncode
+        assert "statefulset/sse-redis must come up, but sse-redis-0 does not: no node has room: pod has unbound immediate PersistentVolumeClaims" in done.stderr
+
+    def test_pods_that_may_not_be_made(self, run):
+        """A quota or a policy refuses them: there is no pod to look at, but the Deployment knows."""
+        refused = {"type": "ReplicaFailure", "status": "True", "reason": "FailedCreate", "message": 'pods "sse-app-1" is forbidden: failed quota: team: must specify limits.cpu'}
+        live = {"status": {"conditions": [refused]}}
+        first: list[Answer] = [("get deployment/ --show-managed-fields", (0, "", "")), ("get deployment/sse-app", (0, json.dumps(live), "")), *WAITING, ("get pods", (0, '{"items": []}', ""))]
+        done = run(*DEPLOY, first=first, env={"SSE_KIT_STUCK_SECONDS": "0"})
+
+        assert 1 == done.returncode
+        assert "deployment/sse-app must come up, but deployment/sse-app does not: FailedCreate: pods" in done.stderr
+        assert "must specify limits.cpu" in done.stderr
+
+    def test_a_pod_that_is_not_ready(self, run):
+        """It may become so, but a wrong password does not go away: what it says is shown, once."""
+        pods = {"items": [{"metadata": {"name": "sse-app-1"}, "status": {"containerStatuses": [{"started": True, "ready": False, "state": {"running": {}}}]}}]}
+        late: list[Answer] = [("rollout status", (1, "Waiting for 1 of 3\n", 'error: deployment "sse-app" exceeded its progress deadline'))]
+        first: list[Answer] = [*late, ("logs", (0, '{"event": "log_unavailable", "error": "invalid password"}\n', "")), ("get pods", (0, json.dumps(pods), "")), *WAITING]
+        done = run(*DEPLOY, first=first, env={"SSE_KIT_STUCK_SECONDS": "0"})
+
+        assert 1 == done.returncode
+        assert 'sse-app-1 runs and is not ready. Its last log lines:\n  {"event": "log_unavailable", "error": "invalid password"}\n' in done.stdout
+        assert "Waiting for 1 of 3" in done.stdout
+        assert "exceeded its progress deadline" in done.stderr
+
+    def test_a_cluster_that_grows(self, monkeypatch):
+        """A pod that no node has room for is waited for longer: a new node takes minutes."""
+        now, reasons = [0.0], {"pod": deploy.NO_NODE + "0/3 nodes are available"}
+        monkeypatch.setattr(deploy, "stuck_pods", lambda *_: iter(reasons.items()))
+        monkeypatch.setattr(deploy, "explain", lambda *_: None)
+        monkeypatch.setattr(deploy.time, "monotonic", lambda: now[0])
+        watch = deploy.Watch(deploy.Kubectl(), "sse", ["deployment/sse-app"], "")
+        for now[0] in (0, 60, 300):
+            watch.look()
+        now[0] = 400
+        with pytest.raises(Failed, match="no node has room: 0/3 nodes are available"):
+            watch.look()
+
+        reasons["pod"] = "ImagePullBackOff: x"
+        watch = deploy.Watch(deploy.Kubectl(), "sse", ["deployment/sse-app"], "")
+        watch.look()
+        now[0] += 60
+        with pytest.raises(Failed, match="ImagePullBackOff"):
+            watch.look()
 
     def test_fields_of_another_manager(self, run):
         """A conflict is shown, never forced."""
@@ -196,6 +259,7 @@ class TestWhatIsWrong:
         assert 1 == done.returncode
         assert ".spec.replicas" in done.stderr
         assert "No one else may own these fields" in done.stderr
+        assert "kubectl apply --server-side --field-manager=sse-kit --force-conflicts" in done.stderr
         assert not any("--force-conflicts" in line for line in run.asked.splitlines() if line.startswith("apply"))
 
 
@@ -243,22 +307,27 @@ class TestWhatIsDone:
         assert "apply" not in run.asked.split()
 
     def test_rollback(self, run):
-        """Both Deployments go back to the version of before, which a restart is not; what undo changed is ours again."""
+        """
+        Both Deployments go back to the version of before, which a restart is not. We alone apply it: what
+        `kubectl rollout undo` changes has another owner beside us from then on, and the next deploy a conflict.
+        """
         revisions = [("1", "old", ""), ("2", "new", ""), ("3", "new", "2026-11-21T15:00:00Z")]
         sets = {"items": [replica_set(*each) for each in revisions]}
         live = {"apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": "x", "namespace": "sse", "labels": {}, "managedFields": []}}
-        live |= {"spec": {"replicas": 7, "template": replica_set("1", "old", "x")["spec"]["template"]}, "status": {}}
+        live |= {"spec": {"replicas": 7, "minReadySeconds": 5, "template": replica_set("3", "new", "x")["spec"]["template"]}, "status": {}}
         first: list[Answer] = [("get replicasets", (0, json.dumps(sets), "")), ("get deployment/", (0, json.dumps(live), ""))]
         done = run("rollback", "--overlay", "staging", "--yes", first=first)
-        undone = re.findall(r"rollout undo (\S+) --to-revision=(\d+)", run.asked)
-        (owned, *_) = (json.loads(line[4:]) for line in run.asked.splitlines() if line.startswith("<<< "))
+        changes = [line for line in run.asked.splitlines() if not line.startswith("<<<") and {"apply", "undo", "patch", "set"} & set(line.split())]
+        (owned, *others) = (json.loads(line[4:]) for line in run.asked.splitlines() if line.startswith("<<< "))
 
         assert 0 == done.returncode, done.stderr
-        assert {("deployment/sse-app", "1"), ("deployment/sse-nginx", "1")} == set(undone)
+        assert "deployment/sse-app goes back to revision 1." in done.stdout
+        assert "deployment/sse-nginx goes back to revision 1." in done.stdout
+        assert 2 == len(changes) == 1 + len(others)
+        assert all("apply --server-side --field-manager=sse-kit --force-conflicts" in line for line in changes)
         assert {"name": "x", "namespace": "sse", "labels": {}} == owned["metadata"]
         assert {"apiVersion", "kind", "metadata", "spec"} == set(owned)
-        assert 7 == owned["spec"]["replicas"]
-        assert {} == owned["spec"]["template"]["metadata"]["annotations"]
+        assert {"replicas": 7, "minReadySeconds": 5, "template": {"metadata": {"labels": {"app.kubernetes.io/name": "x"}}, "spec": {"image": "old"}}} == owned["spec"]
 
     def test_rollback_of_autoscaled_pods(self, run):
         """Their number stays the autoscaler's."""
@@ -274,11 +343,11 @@ class TestWhatIsDone:
     def test_rollback_of_the_first_version(self, run):
         """Where there is none before, it is said."""
         sets = {"items": [replica_set("1", "new", ""), replica_set("2", "new", "2026-11-21T15:00:00Z")]}
-        done = run("rollback", "--overlay", "staging", "--yes", first=[("get replicasets", (0, json.dumps(sets), ""))])
+        done = run("rollback", "--overlay", "staging", "--yes", first=[("get replicasets", (0, json.dumps(sets), "")), ("get deployment/", (0, "{}", ""))])
 
         assert 0 == done.returncode, done.stderr
         assert "deployment/sse-app has no version of before, and stays." in done.stdout
-        assert "rollout undo" not in run.asked
+        assert "apply" not in run.asked.split()
 
     def test_undeploy_keeps_secrets_and_volumes(self, run):
         """The namespace with Secrets and volumes stays."""
@@ -320,7 +389,31 @@ class TestSecrets:
         done = run("secrets", "--overlay", "staging", "--yes")
 
         assert {} == self.made(run)
-        assert "Secret sse-jwt is there, and stays." in done.stdout
+        assert "Secret sse-jwt is there, and stays. REPLACE=sse-jwt makes a new one." in done.stdout
+
+    def test_one_anew(self, run, tmp_path):
+        """A new certificate is no new key of tokens, and no new password."""
+        done = run("secrets", "--overlay", "staging", "--yes", "--replace", "sse-tls")
+
+        assert 0 == done.returncode, done.stderr
+        assert {"sse-tls"} == set(self.made(run))
+        assert "rollout restart" not in done.stdout
+
+    def test_all_anew(self, run):
+        """What pods read only when they start is named, with the way to have them read it."""
+        done = run("secrets", "--overlay", "staging", "--yes", "--replace", "1")
+
+        assert 0 == done.returncode, done.stderr
+        assert {"sse-redis", "sse-jwt", "sse-tls"} == set(self.made(run))
+        assert ["Pods read it when they start: kubectl -n sse rollout restart statefulset/sse-redis deployment/sse-app"] == [line for line in done.stdout.splitlines() if "restart" in line]
+
+    def test_one_that_is_not_needed(self, run):
+        """A slip in a name is said, and nothing is made."""
+        done = run("secrets", "--overlay", "staging", "--yes", "--replace", "sse-tsl")
+
+        assert 1 == done.returncode
+        assert "REPLACE must be 1 for all, or some of sse-jwt, sse-redis, sse-tls, got 'sse-tsl'." in done.stderr
+        assert {} == self.made(run)
 
     def test_from_outside(self, run, tmp_path):
         """An address of a Redis and a key of tokens that are given are taken as they are."""
@@ -464,13 +557,104 @@ class TestLoadTest:
         status = {"conditions": [{"reason": "Unschedulable", "message": "0/3 nodes are available"}]}
         pods = {"items": [{"metadata": {"name": "sse-loadtest-worker-1"}, "status": status}]}
         first: list[Answer] = [
+            ("get pods job-name=sse-loadtest-worker", (0, json.dumps(pods), "")), ("get pods", (0, '{"items": []}', "")), ("get events", (0, "", "")),
             ("get jobs", (0, '{"items": []}', "")), ("get job ", (0, "{}", "")), ("logs", (1, "", "")),
-            ("get pods name=sse-loadtest-worker", (0, json.dumps(pods), "")), ("get pods", (0, '{"items": []}', "")), ("get events", (0, "", "")),
         ]  # fmt: skip
         done = run(*self.RUN, first=first, env={"SSE_KIT_STUCK_SECONDS": "0"})
 
         assert 1 == done.returncode
-        assert "The load test must start, but sse-loadtest-worker-1 does not: no node has room: 0/3 nodes are available" in done.stderr
+        assert "job/sse-loadtest-worker must come up, but sse-loadtest-worker-1 does not: no node has room: 0/3 nodes are available" in done.stderr
+
+
+OWN = """
+apiVersion: kustomize.config.k8s.io/v1beta1
+kind: Kustomization
+namespace: sse
+resources: [../../base, priority.yaml]
+components: [../../components/external-redis, ../../components/jwt]
+images:
+  - {name: sse-kit/app, newName: registry.example.com/team/sse, newTag: "1.0"}
+patches:
+  - patch: '{apiVersion: v1, kind: Namespace, metadata: {name: sse}, $patch: delete}'
+  - target: {kind: Deployment, name: sse-app}
+    patch: |-
+      apiVersion: apps/v1
+      kind: Deployment
+      metadata: {name: sse-app}
+      spec:
+        template:
+          spec:
+            containers:
+              - name: app
+                env:
+                  - {name: SSE_JWT_SECRET_FILE, $patch: delete}
+                  - {name: SSE_JWKS_URL, value: "https://id.example.com/keys"}
+"""
+
+
+class TestOwnOverlay:
+    """An overlay as teams write them: an image of their own, an identity provider, a namespace of somebody else, an object of none."""
+
+    @pytest.fixture
+    def own(self, tmp_path: Path) -> Path:
+        for name in ("k8s", "nginx"):
+            shutil.copytree(ROOT / name, tmp_path / "tree" / name, ignore=shutil.ignore_patterns("__pycache__"))
+        folder = tmp_path / "tree/k8s/overlays/own"
+        folder.mkdir()
+        (folder / "kustomization.yaml").write_text(OWN)
+        (folder / "priority.yaml").write_text("{apiVersion: scheduling.k8s.io/v1, kind: PriorityClass, metadata: {name: sse}, value: 1000}")
+        return tmp_path / "tree"
+
+    @pytest.mark.parametrize("image", [IMAGE, "registry.example.com/team/sse:1.1", "registry.example.com/x@sha256:" + "0" * 64])
+    def test_image(self, run, own, image):
+        """IMAGE= counts, whatever the overlay calls the image."""
+        done = run("render", "--overlay", "own", "--image", image, tree=own)
+
+        assert f"image: {image}\n" in done.stdout, done.stderr
+        assert "registry.example.com/team/sse:1.0" not in done.stdout
+
+    def test_deploy(self, run, own):
+        """It is deployed without a look at the namespace; the smoke test, which has no key to make tokens with, says that it is left out."""
+        done = run("deploy", "--overlay", "own", "--yes", first=[("get namespace", (1, "", "Error from server (Forbidden)"))], tree=own)
+
+        assert 0 == done.returncode, done.stderr
+        assert "serverside-applied" in done.stdout
+        assert "only your identity provider can make them. It is left out." in done.stdout
+        assert "create" not in run.asked.split()
+
+    def test_smoke(self, run, own):
+        """Asked for by name, it is an error."""
+        done = run("smoke", "--overlay", "own", "--yes", tree=own)
+
+        assert 1 == done.returncode
+        assert "make loadtest-cluster OPTIONS='--token=…'" in done.stderr
+
+    def test_secrets(self, run, own):
+        """They are made without touching the namespace."""
+        nothing: list[Answer] = [(words, (0, "", "")) for words, _ in SECRETS]
+        done = run("secrets", "--overlay", "own", "--yes", first=[("get namespace", (1, "", "Error from server (Forbidden)")), *nothing], env={"REDIS_URL": "redis://x"}, tree=own)
+
+        assert 0 == done.returncode, done.stderr
+        assert "Secret sse-redis made: url." in done.stdout
+        assert "Namespace" not in run.asked
+
+    def test_load_test(self, run, own):
+        """A token of the provider's goes alone: with a key beside it the load test would refuse both."""
+        run("loadtest-cluster", "--overlay", "own", "--loadtest-image", "x:1", "--options=--token=t", "--yes", first=[("get jobs", (0, '{"items": []}', "")), ("get job ", (0, '{"status": {"failed": 1}}', "")), ("logs -f", (0, "", ""))], tree=own)
+        items = next(json.loads(line[4:])["items"] for line in run.asked.splitlines() if line.startswith("<<< "))
+        (master,) = (c for name, c, _ in containers(items) if name == "sse-loadtest-master")
+
+        assert "--token=t" in master["command"]
+        assert "env" not in master
+
+    def test_another_name_for_everything(self, run, own):
+        """A prefix would break the names that the parts know each other by: one sentence."""
+        file = own / "k8s/overlays/own/kustomization.yaml"
+        file.write_text(file.read_text() + "namePrefix: a-\n")
+        done = run("deploy", "--overlay", "own", "--yes", tree=own)
+
+        assert 1 == done.returncode
+        assert "The overlay must have the Deployment sse-app with its container app, has not. Take namePrefix and nameSuffix out" in done.stderr
 
 
 class TestNamesOfImages:
@@ -501,3 +685,11 @@ def test_no_dependency():
 
         assert run.returncode == 0, run.stderr
         assert "usage: " in run.stdout
+
+
+def test_python_of_a_laptop():
+    """macOS has Python 3.9, which knows neither `match` nor an annotation `str | None` that is evaluated."""
+    files = [str(ROOT / "k8s" / name) for name in ("deploy.py", "images.py")]
+    run = subprocess.run([sys.executable, "-m", "ruff", "check", "--isolated", "--target-version=py39", "--select=FA102", *files], capture_output=True, text=True, check=False)
+
+    assert 0 == run.returncode, run.stdout

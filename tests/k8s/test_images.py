@@ -87,7 +87,7 @@ class TestTools:
             script.chmod(0o755)
         return subprocess.run(
             [sys.executable, str(ROOT / "k8s/images.py"), *arguments], capture_output=True, text=True, check=False,
-            env={"PATH": f"{folder}:/usr/bin:/bin", "PIP_INDEX_URL": "https://index.example.com/simple"},
+            env={"PATH": f"{folder}:/usr/bin:/bin", "PIP_INDEX_URL": "https://index.example.com/simple", "PLATFORM": "linux/amd64"},
         )  # fmt: skip
 
     @pytest.mark.parametrize("working", [("docker", "podman"), ("podman", "buildah"), ("buildah",)])
@@ -98,7 +98,7 @@ class TestTools:
 
         assert 0 == done.returncode, done.stderr
         for name, file in IMAGES.items():
-            assert re.search(rf"^{working[0]} build -f {file} -t registry\.example\.com/sse/{name}:1\.0 .*--build-arg=PIP_INDEX_URL=\S+ .*\.$", log, re.MULTILINE), log
+            assert re.search(rf"^{working[0]} build -f {file} -t registry\.example\.com/sse/{name}:1\.0 .*--build-arg=PIP_INDEX_URL=\S+ --platform=linux/amd64 .*\.$", log, re.MULTILINE), log
 
     def test_none(self, tmp_path):
         """One sentence where there is none."""
@@ -113,5 +113,6 @@ class TestTools:
         log = (tmp_path / "log").read_text()
 
         assert {f"registry.example.com/sse/{name}:1.0" for name in IMAGES} == set(re.findall(r"podman push (\S+)", log))
-        assert "make deploy IMAGE=registry.example.com/sse/app:1.0" in done.stdout
+        # The load test's image is none to deploy.
+        assert ["Deploy it: make deploy IMAGE=registry.example.com/sse/app:1.0 OVERLAY=staging"] == re.findall("Deploy it: .*", done.stdout)
         assert "REGISTRY must be where your cluster pulls from" in self.run(tmp_path, ("podman",), "push").stderr

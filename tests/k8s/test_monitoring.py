@@ -17,6 +17,7 @@ from tests.live import Site, ask
 
 FOLDER = K8S / "components" / "monitoring"
 P = 'namespace="sse", pod="sse-app-1"'
+OURS = 'container="app", job="sse/sse-app"'
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,11 @@ def buckets(name: str, slow: int) -> list[dict[str, str]]:
 
 # For each alert: what makes it fire by the 30th minute, and the same world in order.
 WORLDS: dict[str, tuple[list[dict[str, str]], list[dict[str, str]]]] = {
-    "SseDown": ([], [series('up{container="app", job="sse/sse-app"}', "1x60")]),
+    "SseDown": (
+        # One namespace of two.
+        [series('up{namespace="sse", container="app", job="sse/sse-app"}', "0x60"), series('up{namespace="other", container="app", job="other/sse-app"}', "1x60")],
+        [series('up{namespace="sse", pod="a", container="app", job="sse/sse-app"}', "1x60"), series('up{namespace="sse", pod="b", container="app", job="sse/sse-app"}', "0x60")],
+    ),
     "SseLogAway": ([series(f"sse_log_connected{{{P}}}", "0x60")], [series(f"sse_log_connected{{{P}}}", "1x60")]),
     "SseLogGap": ([series(f"sse_log_gap_total{{{P}}}", "0x25 1x35")], [series(f"sse_log_gap_total{{{P}}}", "0x60")]),
     "SseStreamsFell": (
@@ -82,8 +87,13 @@ WORLDS: dict[str, tuple[list[dict[str, str]], list[dict[str, str]]]] = {
     ),
     "SseHandoffOff": ([series(f"sse_handoff{{{P}}}", "0x60")], [series(f"sse_handoff{{{P}}}", "1x60")]),
     "SseDescriptors": (
-        [series(f'process_open_fds{{{P}, container="app"}}', "90x60"), series(f'process_max_fds{{{P}, container="app"}}', "100x60")],
-        [series(f'process_open_fds{{{P}, container="app"}}', "10x60"), series(f'process_max_fds{{{P}, container="app"}}', "100x60")],
+        [series(f'process_open_fds{{{P}, {OURS}}}', "90x60"), series(f'process_max_fds{{{P}, {OURS}}}', "100x60")],
+        # Others' containers may be called `app`, too.
+        [
+            series(f'process_open_fds{{{P}, {OURS}}}', "10x60"), series(f'process_max_fds{{{P}, {OURS}}}', "100x60"),
+            series('process_open_fds{namespace="shop", container="app", job="shop/web"}', "90x60"),
+            series('process_max_fds{namespace="shop", container="app", job="shop/web"}', "100x60"),
+        ],
     ),
 }  # fmt: skip
 
@@ -123,6 +133,15 @@ class TestAlerts:
             assert f'severity="{found[name]["labels"]["severity"]}"' in fires, name
             assert "{{" not in fires, fires
             assert "SUCCESS" in silent, (name, silent)
+
+    def test_nobody_is_there(self, rules, require, tmp_path):
+        """SseDown fires, too, where Prometheus knows no process at all."""
+        test = {"interval": "1m", "input_series": [], "alert_rule_test": [{"eval_time": "30m", "alertname": "SseDown", "exp_alerts": []}]}
+        (tmp_path / "rules.yml").write_text(yaml.safe_dump(rules))
+        (tmp_path / "test.yml").write_text(yaml.safe_dump({"rule_files": ["rules.yml"], "tests": [test]}))
+        run = subprocess.run([require("promtool"), "test", "rules", "test.yml"], cwd=tmp_path, capture_output=True, text=True, check=False)
+
+        assert 'alertname="SseDown"' in run.stdout + run.stderr
 
     def test_runbook(self, rules):
         """Every alert leads to a section that says what it means and what to do."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from k8s.deploy import loadtest_objects, smoke_objects
+from k8s.deploy import containers, loadtest_objects, smoke_objects
 from tests.k8s.policies import RULES, broken
 from tests.k8s.rendered import GROUPS, K8S, OVERLAYS, combinations, composed, load_test, overlay, pick
 
@@ -53,6 +53,19 @@ class TestAllKeepTheRules:
         assert 3 == worker["parallelism"] == worker["completions"]
         assert {"--expect-workers=3", "--scenario=smoke", "--streams=100"} <= set(command)
         assert ("--insecure" in command) == ("--host=https://sse-nginx" in command) == (name != "local")
+
+    def test_fitted_to_tokens_and_registry(self):
+        """Smoke and load test make the tokens that the overlay asks for, and pull with its secret."""
+        objects = copy.deepcopy(overlay("staging"))
+        one(objects)["env"] += [{"name": "SSE_JWT_AUDIENCE", "value": "sse"}, {"name": "SSE_JWT_ISSUER", "value": "us"}]
+        pick(objects, "ServiceAccount", "sse-app")["imagePullSecrets"] = [{"name": "registry"}]
+        items = loadtest_objects(objects, options(overlay="staging"))
+        (smoke,) = (c for name, c, _ in containers(smoke_objects(objects)) if "smoke" in name)
+        master = pick(items, "Job", "sse-loadtest-master")["spec"]["template"]["spec"]["containers"][0]
+
+        assert {"SMOKE_JWT_AUDIENCE": "sse", "SMOKE_JWT_ISSUER": "us"}.items() <= {e["name"]: e["value"] for e in smoke["env"]}.items()
+        assert '--claims={"aud": "sse", "iss": "us"}' in master["command"]
+        assert [{"name": "registry"}] == pick(items, "ServiceAccount", "sse-loadtest")["imagePullSecrets"]
 
     def test_every_pair_of_components(self):
         """Whatever README.md lets be combined, alone and two by two, keeps every rule."""

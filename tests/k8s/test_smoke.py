@@ -78,11 +78,11 @@ def test_every_check(stack, smoke, tmp_path, require):
     secret.write_text("k" * 40 + "\n")
     made = stack(
         apps=2,
-        env={"SSE_AUTH": "jwt", "SSE_JWT_SECRET_FILE": str(secret), "SSE_HEARTBEAT_SECONDS": "1", "SSE_DRAIN_SECONDS": "1"},
+        env={"SSE_AUTH": "jwt", "SSE_JWT_SECRET_FILE": str(secret), "SSE_JWT_AUDIENCE": "sse", "SSE_JWT_ISSUER": "us", "SSE_HEARTBEAT_SECONDS": "1", "SSE_DRAIN_SECONDS": "1"},
         nginx_binary=str(ROOT / ".cache/nginx/nginx"),
         nginx_options={"tls": tmp_path, "files": {"exempt.conf": ""}},
     )
-    run = smoke(made, stop, SMOKE_JWT_SECRET_FILE=str(secret))
+    run = smoke(made, stop, SMOKE_JWT_SECRET_FILE=str(secret), SMOKE_JWT_AUDIENCE="sse", SMOKE_JWT_ISSUER="us")
     eventually(run.holds, "the streams are held", 60)
     for app in made.apps:
         app.restart()
