@@ -455,6 +455,9 @@ def _compare(arguments: list[str]) -> int:
     compared.add_argument("a", type=Path, help="result.json, or the folder that holds it")
     compared.add_argument("b", type=Path)
     options = compared.parse_args(arguments)
+    if "" in arguments:
+        print("A and B must be two results, or their folders: make loadtest-compare A=… B=…", file=sys.stderr)
+        return USAGE
     try:
         found = [Result.read(path / "result.json" if path.is_dir() else path) for path in (options.a, options.b)]
     except ValueError as error:

@@ -248,6 +248,9 @@ class Conductor:
             return f"limit {at}: the generator ran out of descriptors or ports; use more processes or sources"
         if over("lag_p99_ms", step["lag_p99_ms"]) and not cause:
             return f"limit {at}: the generator gave way first, lag p99 {step['lag_p99_ms']:g} ms; use more processes"
+        late = over("lag_p99_ms", step["lag_p99_ms"]) or over("delivery_p99_ms", step["delivery_p99_ms"])
+        if late and over("cpu_percent", step["cpu_percent"]):
+            return f"limit {at}: the generator gave way first, its CPU at {step['cpu_percent']:g} %; use more processes"
         because = f"; {cause}" if cause else ""
         if step["lost"]:
             return f"limit {at}: {step['lost']:,} events lost{because}"

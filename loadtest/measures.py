@@ -158,6 +158,7 @@ class Collected:
         self.cpu_by_worker: dict[str, list[float]] = {}
         self._seconds: dict[int, Second] = {}
         self._closed_until = 0
+        self._reports_before: dict[str, int] = {}
         self._per_user: dict[str, int] = {}
         self._open_then: dict[str, int] = {}
         self._step: tuple[HdrHistogram, HdrHistogram] | None = None
@@ -215,11 +216,17 @@ class Collected:
     def begin_step(self) -> None:
         """Begin to keep delivery and lag apart, for a step of `breakpoint`."""
         self._step = (histogram(), histogram())
+        self._reports_before = {worker: len(percents) for worker, percents in self.cpu_by_worker.items()}
 
     def step(self) -> dict[str, float | None]:
-        """Return p99 of delivery and lag since `begin_step`."""
+        """Return p99 of delivery and lag, and the CPU of the busiest generator process, since `begin_step`."""
         delivery, lag = self._step or (histogram(), histogram())
-        return {"delivery_p99_ms": milliseconds(delivery, 99), "lag_p99_ms": milliseconds(lag, 99)}
+        since = [percents[self._reports_before.get(worker, 0) :] for worker, percents in self.cpu_by_worker.items()]
+        return {
+            "delivery_p99_ms": milliseconds(delivery, 99),
+            "lag_p99_ms": milliseconds(lag, 99),
+            "cpu_percent": round(max((sum(some) / len(some) for some in since if some), default=0.0), 1),
+        }
 
     def end(self) -> None:
         """Close all seconds."""

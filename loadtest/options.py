@@ -25,7 +25,7 @@ class Option:
 OPTIONS = (
     Option("--scenario", "smoke", "which scenario of the file (default: smoke)"),
     Option("--scenarios", str(SCENARIOS), "another file of scenarios"),
-    Option("--thresholds", "", "thresholds beside the file's, separated by commas; `off`: none of the file's"),
+    Option("--thresholds", "", "thresholds beside the file's, separated by commas; `off`: of the file's only those on the generator"),
     Option("--thresholds-file", str(THRESHOLDS), "another file of thresholds"),
     Option("--streams", 0, "streams in all (default: the scenario's)", int),
     Option("--seconds", 0.0, "how long the stages last in all (default: the scenario's)", float),
@@ -46,8 +46,8 @@ OPTIONS = (
     Option("--user-limit", 0, "streams that one user may have: there must never be more; `limits` goes beyond it", int),
     Option("--sources", "auto", "source addresses: auto, or addresses separated by commas"),
     Option("--insecure", False, "take any TLS certificate", None),
-    Option("--settle", 10.0, "seconds that streams have for the last events, after publishing ended", float),
-    Option("--patience", 15.0, "seconds without any open stream after which the target is gone", float),
+    Option("--settle", 10.0, "seconds that streams have for their last events (default: 10)", float),
+    Option("--patience", 15.0, "seconds without any open stream after which the target is gone (default: 15)", float),
     Option("--results", "", "folder for result.json and report.html (default: .run/loadtest/TIME-SCENARIO)"),
     Option("--stack", "", "folder of the local stack whose processes are watched (.run/8080)"),
 )

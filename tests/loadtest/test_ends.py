@@ -360,7 +360,7 @@ class TestStack:
         monkeypatch.setattr("loadtest.__main__.subprocess.run", run)
         options = parser().parse_args(["--port=1"])
         try:
-            with _target(options):
+            with contextlib.suppress(KeyboardInterrupt), _target(options):
                 pass
         finally:
             for number, handler in before.items():
@@ -371,13 +371,15 @@ class TestStack:
 
 class TestLimit:
     def test_what_failed_most(self):
-        """A stack that cuts most connects and refuses two is said to cut them, and how."""
+        """A stack that cuts most connects and refuses two is said to cut them, and how; a generator that is full is no limit of its."""
         script = alone(_LIMIT)
 
         assert [
             "limit at 100 streams: 2,560 connects failed (ECONNRESET)",
             "limit at 100 streams: 9 streams refused (500)",
             "limit at 100 streams: 1 events lost",
+            "limit at 100 streams: delivery p99 900 ms; no part was at its limit",
+            "limit at 100 streams: the generator gave way first, its CPU at 97 %; use more processes",
         ] == script.stdout.splitlines(), script.stderr
 
 
@@ -385,12 +387,17 @@ _LIMIT = """
 from types import SimpleNamespace
 from loadtest.__main__ import parser
 from loadtest.conductor import Conductor
+from loadtest.result import FIGURES
+from loadtest.scenario import load_thresholds
 
 conductor = Conductor(SimpleNamespace(runner=None, host="http://x"), parser().parse_args([]))
 conductor.watch = None
 conductor.collected.tally.update({"refused:500": 8, "refused:503": 1, "broken:ECONNRESET": 2560, "broken:EPIPE": 3})
-none = dict.fromkeys(("lost", "gave_up", "soft_failed", "broken", "generator_errors", "lag_p99_ms", "delivery_p99_ms"), 0)
-for failures in ({"gave_up": 2, "broken": 2560}, {"gave_up": 9}, {"lost": 1, "broken": 5}):
+none = dict.fromkeys(("lost", "gave_up", "soft_failed", "broken", "generator_errors"), 0)
+none |= dict.fromkeys(("lag_p99_ms", "delivery_p99_ms", "cpu_percent"), 0)
+late = {"delivery_p99_ms": 900}
+conductor.thresholds = load_thresholds("breakpoint", [], FIGURES)
+for failures in ({"gave_up": 2, "broken": 2560}, {"gave_up": 9}, {"lost": 1, "broken": 5}, late, late | {"cpu_percent": 97}):
     print(conductor._gave_way(none | failures | {"streams": 100, "open": 90}))
 """
 

@@ -93,6 +93,21 @@ class TestCollected:
         assert 40 == sum(point["connects"] for point in collected.timeline)
         assert sorted({point["at"] for point in collected.timeline}) == [point["at"] for point in collected.timeline]
 
+    def test_cpu_of_a_step(self):
+        """The busiest process since the step began; what was before it says nothing of it."""
+        collected = Collected()
+
+        def report(**percents: float) -> None:
+            for worker, percent in percents.items():
+                collected.add(worker, Measures().hand_over() | {"seconds": 1.0, "cpu_percent": percent})
+
+        report(a=10.0, b=99.0)
+        collected.begin_step()
+        report(a=90.0, b=50.0)
+        report(a=95.0, b=50.0)
+
+        assert 92.5 == collected.step()["cpu_percent"]
+
     def test_reports_that_are_no_whole_seconds(self):
         """A process reports every 1.05 s: no second looks empty or doubled, and no stream seems to have been away."""
         collected = Collected()

@@ -221,6 +221,8 @@ class TestCompare:
         assert capsys.readouterr().out.startswith("A  average-load, http://x")
         assert 2 == main(["compare", str(tmp_path / "nowhere"), str(tmp_path)])
         assert "nowhere must be a result.json" in capsys.readouterr().err
+        assert 2 == main(["compare", "", ""])
+        assert "A and B must be two results" in capsys.readouterr().err
 
     @pytest.mark.parametrize("arguments", [["compare", "a.json", "a.json"], ["compare", "--help"]])
     def test_a_reader_that_has_enough(self, tmp_path, arguments):
