@@ -5,6 +5,8 @@ What every overlay and every promised set of components keeps; and that each rul
 import argparse
 import copy
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +14,7 @@ import pytest
 
 from k8s.deploy import containers, loadtest_objects, smoke_objects
 from tests.k8s.policies import RULES, broken
-from tests.k8s.rendered import GROUPS, K8S, OVERLAYS, combinations, composed, load_test, overlay, pick
+from tests.k8s.rendered import GROUPS, K8S, OVERLAYS, ROOT, combinations, composed, load_test, overlay, pick
 
 Objects = list[dict[str, Any]]
 BASE: tuple[str, ...] = ("redis", "jwt", "network-policy", "autoscaling-keda", "gateway-api", "monitoring")
@@ -53,6 +55,24 @@ class TestAllKeepTheRules:
         assert 3 == worker["parallelism"] == worker["completions"]
         assert {"--expect-workers=3", "--scenario=smoke", "--streams=100"} <= set(command)
         assert ("--insecure" in command) == ("--host=https://sse-nginx" in command) == (name != "local")
+
+    @pytest.mark.parametrize(("name", "way"), [("staging", "tls"), ("production", "tls"), ("", "plain")])
+    def test_nginx_has_room_for_the_streams_that_it_lets_in(self, name, way):
+        """nginx refuses before its memory is full: killed for memory it would cut them all."""
+        objects = overlay(name) if name else composed(("redis",))
+        limit = nginx(objects)["template"]["spec"]["containers"][0]["resources"]["limits"]["memory"]
+        most = int(re.findall(r"(?m)^limit_conn sse_streams_of_nginx (\d+);", (ROOT / "nginx/snippets/sse-limits.conf").read_text())[0])
+        run = subprocess.run([sys.executable, str(ROOT / "nginx/size.py"), str(most), f"--way={way}", "--workers=2"], capture_output=True, text=True, check=True)
+        needed = int(re.findall(r"(?m)^([\d,]+) MiB of memory", run.stdout)[0].replace(",", ""))
+
+        assert needed < {"Mi": 1, "Gi": 1024}[limit[-2:]] * int(limit[:-2])
+
+    def test_keda_scales_both(self):
+        """Away from the component autoscaling, nginx must not fall back to the base's one pod."""
+        objects = composed(("autoscaling-keda", "redis"))
+
+        assert {"sse-app", "sse-nginx"} == {o["spec"]["scaleTargetRef"]["name"] for o in objects if o["kind"] == "ScaledObject"}
+        assert "replicas" not in nginx(objects)
 
     def test_fitted_to_tokens_and_registry(self):
         """Smoke and load test make the tokens that the overlay asks for, and pull with its secret."""
