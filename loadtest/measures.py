@@ -142,6 +142,7 @@ class Collected:
 
     Attributes:
         timeline: One point per second, oldest first.
+        most_per_second: Most connects and deliveries in one second.
     """
 
     # A report may be late by this much before its second is closed.
@@ -158,6 +159,8 @@ class Collected:
         self.cpu_by_worker: dict[str, list[float]] = {}
         self._seconds: dict[int, Second] = {}
         self._closed_until = 0
+        self.most_per_second = {"connects": 0, "deliveries": 0}
+        self._rates: dict[str, dict[str, float]] = {name: {} for name in self.most_per_second}
         self._reports_before: dict[str, int] = {}
         self._per_user: dict[str, int] = {}
         self._open_then: dict[str, int] = {}
@@ -183,6 +186,10 @@ class Collected:
         if report["seconds"] > 0.5:
             self.cpu_by_worker.setdefault(worker, []).append(report["cpu_percent"])
         self._spread(report)
+        for name, rates in self._rates.items():
+            # Not from the seconds of the timeline: a burst is in one report of each process, but perhaps in two seconds.
+            rates[worker] = report["tally"].get(name, 0) / max(1.0, report["seconds"])
+            self.most_per_second[name] = max(self.most_per_second[name], round(sum(rates.values())))
         second = self._second(int(report["at"]))
         second.open[worker] = report["open"]
         second.cpu[worker] = max(second.cpu.get(worker, 0), report["cpu_percent"])

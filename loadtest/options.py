@@ -125,7 +125,8 @@ def chosen_thresholds(options: argparse.Namespace) -> list[Threshold]:
     overrides = options.thresholds.split(",")
     if options.user_limit:
         overrides.insert(0, f"most_per_user <= {options.user_limit}")
-    return load_thresholds(options.scenario, overrides, FIGURES, Path(options.thresholds_file))
+    scenarios = load_scenarios() | load_scenarios(Path(options.scenarios))
+    return load_thresholds(options.scenario, overrides, FIGURES, Path(options.thresholds_file), list(scenarios))
 
 
 def source_addresses(options: argparse.Namespace, host: str) -> list[str]:

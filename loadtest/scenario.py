@@ -160,6 +160,8 @@ def _scenario(name: str, fields: dict[str, Any]) -> Scenario:
     for action in actions:
         if action.do not in ACTIONS or not 0 < action.share <= 1:
             raise wrong("actions", f"must do one of {', '.join(ACTIONS)} to a share up to 1", action)
+        if not 0 <= action.at < stages[-1].seconds:
+            raise wrong("actions", "must be within the last stage, or they are never done", action)
     return Scenario(name, **{**fields, "stages": stages, "actions": actions})
 
 
@@ -223,15 +225,28 @@ def parse_threshold(text: str, known: Iterable[str], *, void: bool = False, need
 
 
 def load_thresholds(
-    scenario: str, overrides: Iterable[str], known: Iterable[str], path: Path = THRESHOLDS
+    scenario: str,
+    overrides: Iterable[str],
+    known: Iterable[str],
+    path: Path = THRESHOLDS,
+    scenarios: Iterable[str] = (),
 ) -> list[Threshold]:
     """
     Return the thresholds of *scenario*: the file's [all], then its own, then *overrides*.
 
     A later one replaces earlier ones of the same figure; `off` among the overrides
-    drops all but those on the generator.
+    drops all but those on the generator, which are the shipped ones where the file has none.
+
+    Raises:
+        ScenarioError: a table is of none of *scenarios*, or says something else: it would never be looked at.
     """
     tables = _tables(path)
+    for name, table in tables.items():
+        if scenarios and name not in ("all", "void", *scenarios):
+            raise ScenarioError(f"{path}: [{name}] must be all, void or a scenario, {', '.join(scenarios)}.")
+        if not isinstance(table, dict) or table.keys() != {"thresholds"} or not isinstance(table["thresholds"], list):
+            raise ScenarioError(f'{path}: {name} must be a table with thresholds = ["lost == 0"], got {table!r}.')
+    tables.setdefault("void", _tables(THRESHOLDS)["void"])
     chosen: dict[str, Threshold] = {}
     overrides = [text for text in overrides if text.strip()]
     if "off" not in [text.strip() for text in overrides]:

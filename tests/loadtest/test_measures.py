@@ -126,6 +126,17 @@ class TestCollected:
         assert {150} == {point["open"] for point in inner}
         assert all(145 <= point["deliveries"] <= 155 for point in inner), [point["deliveries"] for point in inner]
         assert collected.tally["deliveries"] == sum(point["deliveries"] for point in collected.timeline)
+        assert 145 <= figures(collected, 1, 1)["deliveries_per_second_max"] <= 155
+
+    def test_burst(self):
+        """What all processes did in one moment was done in one second, wherever their reports begin and end."""
+        collected = Collected()
+        for at, worker, connects in ((1000.3, "a", 0), (1000.9, "b", 0), (1001.3, "a", 70), (1001.9, "b", 30), (1002.3, "a", 0)):
+            report = Measures().hand_over() | {"at": at, "seconds": 1.0, "tally": {"connects": connects}}
+            collected.add(worker, report)
+        collected.end()
+
+        assert 100 == figures(collected, 1, 1)["connects_per_second_max"]
 
 
 class TestMilliseconds:

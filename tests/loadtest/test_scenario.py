@@ -47,6 +47,7 @@ class TestScenarios:
             ("stages = [{ streams = 1 }]", "stages must have streams (0 to 1) and seconds"),
             ("users = { subscribers = 1 }", "users must have weights for some of subscriber, slow"),
             ("actions = [{ at = 1, do = 'explode' }]", "actions must do one of disconnect"),
+            ("actions = [{ at = 1, do = 'disconnect' }]", "actions must be within the last stage"),
         ],
     )
     def test_mistakes(self, tmp_path, text, sentence):
@@ -67,6 +68,29 @@ class TestThresholds:
 
             assert thresholds["lost"] == Threshold("lost", "==", 0.0)
             assert thresholds["lag_p99_ms"].void
+
+    @pytest.mark.parametrize(
+        ("text", "sentence"),
+        [
+            ("[avrage-load]\nthresholds = ['lost == 0']", "[avrage-load] must be all, void or a scenario, smoke, average-load"),
+            ("[smoke]\nthreshold = ['lost == 0']", "smoke must be a table with thresholds"),
+            ("[smoke]\nthresholds = 'lost == 0'", "smoke must be a table with thresholds"),
+        ],
+    )
+    def test_never_looked_at(self, tmp_path, text, sentence):
+        """A threshold that a slip of the pen puts out of use could never fail."""
+        (tmp_path / "t.toml").write_text(text)
+
+        with pytest.raises(ScenarioError, match=re.escape(sentence)):
+            load_thresholds("smoke", [], FIGURES, tmp_path / "t.toml", list(load_scenarios()))
+
+    def test_own_file_without_void(self, tmp_path):
+        """Whose file says nothing of the generator has the shipped thresholds on it."""
+        (tmp_path / "t.toml").write_text("[all]\nthresholds = ['lost == 0']")
+
+        found = load_thresholds("smoke", [], FIGURES, tmp_path / "t.toml")
+
+        assert {"lag_p99_ms", "cpu_percent", "generator_errors"} == {each.figure for each in found if each.void}
 
     def test_limits(self):
         """The scenario that asks whether the limit is kept has a threshold on it, by default of the kit's own."""
