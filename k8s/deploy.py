@@ -302,8 +302,21 @@ def deploy(kubectl: Kubectl, options: argparse.Namespace) -> None:
             kubectl.ask("apply", "--server-side", f"--field-manager={MANAGER}-autoscaler", "--validate=false", "-f", "-", text=json.dumps(o))
         apply(kubectl, text)
     wait_for_all(kubectl, objects, options.overlay)
+    say_leftovers(kubectl, objects)
     if not options.no_smoke:
         smoke(kubectl, options)
+
+
+def say_leftovers(kubectl: Kubectl, objects: list[Object]) -> None:
+    """Name what an earlier overlay brought and this one has no more. Nothing is deleted but by a person."""
+    namespace = namespace_of(objects)
+    kinds = "deployment,statefulset,service,serviceaccount,poddisruptionbudget,networkpolicy,horizontalpodautoscaler"
+    run = kubectl.run("-n", namespace, "get", kinds, "-l", "app.kubernetes.io/part-of=sse-kit,app.kubernetes.io/component!=loadtest", "-o", "json")
+    there = json.loads(run.stdout)["items"] if run.returncode == 0 else []
+    rendered = {(o["kind"], o["metadata"]["name"]) for o in objects}
+    names = " ".join(f"{o['kind'].lower()}/{o['metadata']['name']}" for o in there if (o["kind"], o["metadata"]["name"]) not in rendered)
+    if names:
+        say(f"No longer in the overlay, and still there. If nobody needs it: kubectl -n {namespace} delete {names}")
 
 
 def prepared(kubectl: Kubectl, options: argparse.Namespace) -> tuple[str, list[Object]]:
@@ -690,6 +703,7 @@ def smoke(kubectl: Kubectl, options: argparse.Namespace) -> None:
         say(f"{why} It is left out.")
         return
     items = smoke_objects(objects)
+    check_images(items, options.overlay)
     (job,) = (o for o in items if o["kind"] == "Job")
     name = job["metadata"]["name"]
     kubectl.ask("create", "-f", "-", text=json.dumps({"apiVersion": "v1", "kind": "List", "items": items}))

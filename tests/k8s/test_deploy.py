@@ -149,6 +149,7 @@ class TestWhatIsWrong:
             (DEPLOY, [*version()[:1], ("version -o", (1, '{"clientVersion": {}}', "Unable to connect to the server: dial tcp 192.0.2.1:6443: i/o timeout"))], "The cluster of context prod must answer, said: Unable to connect to the server"),
             (DEPLOY, version(server="v1.32.0"), "The cluster must be Kubernetes 1.33 or newer, got 1.32."),
             (("deploy", "--overlay", "staging", "--yes"), [], "The overlay staging must name an image that its cluster can pull, has sse-kit/app:0.1.0. "),
+            (("smoke", "--overlay", "staging"), [], "The overlay staging must name an image that its cluster can pull, has sse-kit/app:0.1.0. "),
             (("deploy", "--overlay", "staging", "--image", "registry.example.com/app"), [], "IMAGE must be NAME:TAG or NAME@sha256:…, got 'registry.example.com/app'."),
             (DEPLOY, [("get secret sse-redis", (0, "", ""))], "Secret sse-redis must be in namespace sse of prod, is not. Make it: make secrets OVERLAY=staging"),
             (DEPLOY, [("get secret sse-redis", (0, secret("url"), ""))], "Secret sse-redis must be in namespace sse of prod, has no password, users.acl. "),
@@ -276,6 +277,15 @@ class TestWhatIsDone:
         assert "--server-side --field-manager=sse-kit" in next(line for line in lines if line.startswith("apply"))
         assert f"image: {IMAGE}" in run.asked
         assert {"deployment/sse-app", "deployment/sse-nginx", "statefulset/sse-redis"} == set(re.findall(r"rollout status (\S+)", run.asked))
+
+    def test_what_an_earlier_overlay_brought(self, run):
+        """It stays, and is named with the command that deletes it; what the overlay has is not."""
+        items = [{"kind": "HorizontalPodAutoscaler", "metadata": {"name": "sse-app"}}, {"kind": "Service", "metadata": {"name": "sse-app"}}]
+        done = run(*DEPLOY, first=[("get horizontalpodautoscaler -l app.kubernetes.io/part-of=sse-kit", (0, json.dumps({"items": items}), ""))])
+
+        assert 0 == done.returncode, done.stderr
+        assert "still there. If nobody needs it: kubectl -n sse delete horizontalpodautoscaler/sse-app\n" in done.stdout
+        assert not any("delete" in line.split() for line in run.asked.splitlines() if not line.startswith("<<<"))
 
     def test_an_autoscaler_is_new(self, run):
         """The number of pods that is there stays: somebody else owns it before we let go of it."""

@@ -55,6 +55,8 @@ class TestDockerfiles:
 
         assert "--require-hashes --only-binary :all:" in build
         assert "PIP_INDEX_URL" in build
+        # A tree that was cloned with umask 077 would be closed to the user of the result.
+        assert "chmod -R a+rX /srv " in build
         assert "PIP_INDEX_URL" not in result
         assert "RUN" not in re.findall(r"(?m)^[A-Z]+", result)
         assert "\nUSER 10001:10001\n" in result
