@@ -12,10 +12,14 @@ import os
 import re
 import secrets
 import select
+import stat
 import sys
+import threading
 import time
+from collections import deque
 from collections.abc import Callable
-from typing import Any, cast
+from contextlib import suppress
+from typing import Any
 from urllib.parse import unquote
 
 import orjson
@@ -29,6 +33,9 @@ _SELDOM = {"log_ahead_of_clock": 1, "trim_refused": 1, "entry_broken": 20}
 _SELDOM_SECONDS = 10.0
 # What a pipe that is ready surely takes at once: PIPE_BUF, pipe(7).
 _PIECE_BYTES = 4_096
+# How long a line that has begun may wait for the room of its rest: a terminal has
+# room for 12 KB, and who reads it needs its turn to make more.
+_REST_SECONDS = 0.02
 _LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}
 
 
@@ -57,7 +64,7 @@ def configure(settings: Settings) -> None:
                 structlog.processors.JSONRenderer(serializer=_json),
             ],
             wrapper_class=structlog.make_filtering_bound_logger(level),
-            logger_factory=structlog.BytesLoggerFactory(cast(Any, sure)),
+            logger_factory=lambda *_: sure,
             cache_logger_on_first_use=True,
         )
     else:
@@ -69,7 +76,7 @@ def configure(settings: Settings) -> None:
                 ),
             ],
             wrapper_class=structlog.make_filtering_bound_logger(level),
-            logger_factory=structlog.WriteLoggerFactory(cast(Any, sure)),
+            logger_factory=lambda *_: sure,
             cache_logger_on_first_use=True,
         )
     # Libraries write through the standard library: give their lines the same form.
@@ -92,12 +99,15 @@ class _Sure:
     def __init__(self) -> None:
         self._lost = 0
         self._cut = False  # the last line ended in the middle
-        try:
-            self._fd = sys.stderr.fileno()
-        except (AttributeError, OSError, ValueError):  # replaced by something without one, or None
-            self._fd = 2
+        self._fd = _unwaiting()
         self._room = select.poll()
         self._room.register(self._fd, select.POLLOUT)
+        # The collector may come by in the middle of a line, and what it takes away
+        # may have something to say. A lock that is not its holder's own would hold
+        # the process for ever then; and the line waits for the end of the other.
+        self._lock = threading.RLock()
+        self._waiting: deque[bytes] = deque()
+        self._writing = False
 
     def __call__(self, logger: Any, method: str, event: Any) -> Any:
         """Tell of lost lines in *event*: a processor of structlog."""
@@ -105,28 +115,55 @@ class _Sure:
             event["lost"] = self._lost
         return event
 
-    def write(self, line: bytes | str) -> None:
-        told = self._lost
-        if self._take(line.encode("utf-8", "backslashreplace") if isinstance(line, str) else line):
-            self._lost -= told
-        else:
-            self._lost += 1
+    def _write(self, text: bytes | str) -> None:
+        line = text.encode("utf-8", "backslashreplace") if isinstance(text, str) else text
+        with self._lock:
+            self._waiting.append(line + b"\n")
+            if self._writing:
+                return
+            self._writing = True
+            try:
+                while self._waiting:
+                    told = self._lost
+                    if self._take(self._waiting.popleft()):
+                        self._lost -= told
+                    else:
+                        self._lost += 1
+            finally:
+                self._writing = False
 
-    def flush(self) -> None:
-        """Do nothing: nothing is kept."""
+    # What structlog calls, by level.
+    debug = info = warning = error = critical = _write
 
     def _take(self, line: bytes) -> bool:
         if self._cut:
             line = b"\n" + line
+        wait, until = 0.0, time.monotonic() + _REST_SECONDS
         try:
             while line:
-                if not self._room.poll(0):
+                if not self._room.poll(1000 * wait):
                     return False
                 line = line[os.write(self._fd, line[:_PIECE_BYTES]) :]
                 self._cut = bool(line)
+                wait = max(0.0, until - time.monotonic())
         except OSError:
             return False
         return True
+
+
+def _unwaiting() -> int:
+    """Return a descriptor of standard error on which no write waits, where there can be one."""
+    try:
+        fd = sys.stderr.fileno()
+    except (AttributeError, OSError, ValueError):  # replaced by something without one, or None
+        fd = 2
+    with suppress(OSError):
+        if os.isatty(fd) or stat.S_ISFIFO(os.fstat(fd).st_mode):
+            # A terminal that is ready takes less than a piece; and others who write to
+            # the same pipe may fill it first. Opened anew, because to change the mode
+            # of what is open changes it for all who share it.
+            return os.open(f"/dev/fd/{fd}", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
+    return fd
 
 
 class _ThroughStructlog(logging.Handler):

@@ -77,6 +77,7 @@ hypercorn.asyncio.run.TCPServer = _Connection  # type: ignore[attr-defined]
 
 def run(settings: Settings) -> int:
     """Serve until SIGTERM or SIGINT; return the exit status."""
+    _fill_closed_descriptors()
     journal.configure(settings)
     _raise_descriptor_limit()
     factory: Any = None
@@ -185,6 +186,20 @@ def _say_how(kit: Kit) -> None:
         )
     if settings.auth == "none":
         kit.logger.warning("auth_none", note="Anybody may read and publish everything. Never expose this.")
+
+
+def _fill_closed_descriptors() -> None:
+    """
+    Open what a supervisor has closed of standard input, output and error.
+
+    A socket or the event loop would get the number: lines of the log would go
+    there, and uvloop aborts the process when it closes such a one.
+    """
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(fd)
+    if sys.stderr is None:
+        sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115  as long as the process
 
 
 def _raise_descriptor_limit() -> None:

@@ -7,9 +7,11 @@ import fcntl
 import json
 import os
 import re
+import select
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +20,8 @@ from typing import IO, Any
 import pytest
 import structlog
 
-from app.journal import _Seldom
+from app import journal
+from app.journal import _Seldom, _Sure
 from app.stack import App
 from tests.live import (
     Site,
@@ -335,7 +338,6 @@ class TestNobodyReads:
                 await stream.until_data(str(number))
         assert 404 == (await ask(unread, "GET", "/nowhere")).status
 
-
     async def test_who_reads_too_slowly(self, slowly):
         """
         A pipe that is full holds nothing up: lines are lost, whole ones, and the next that is taken tells how many.
@@ -353,6 +355,83 @@ class TestNobodyReads:
         assert [0] * (len(found) - 1) == lost[:-1]
         assert 61 == len(found) + lost[-1]
         assert lost[-1] > 30
+
+    async def test_closed_before_the_start(self, free_port):
+        """
+        A supervisor that closes standard input, output and error gets a process like any other.
+
+        A socket would have their numbers, and lines of the log would go there.
+        """
+        settings = {"SSE_LOG_FORMAT": "auto", "SSE_PORT": str(free_port), "SSE_METRICS_PORT": "0"}
+        process = await asyncio.create_subprocess_exec(
+            "sh", "-c", f"exec {sys.executable} -m app <&- >&- 2>&-",
+            cwd=ROOT, env={"PATH": os.environ["PATH"]} | settings,
+        )  # fmt: skip
+        try:
+            await becomes(lambda: _answers(free_port), "it serves")
+            assert ["/dev/null"] * 3 == [os.readlink(f"/proc/{process.pid}/fd/{fd}") for fd in range(3)]
+            process.terminate()
+            assert 0 == await asyncio.wait_for(process.wait(), 20)
+        finally:
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
+
+    def test_terminal_that_stands_still(self):
+        """
+        A terminal that nobody empties, such as that of a broken ssh, holds nothing up either.
+        """
+        program = (
+            "import app.journal as j, app.settings as s, structlog\n"
+            "j.configure(s.load({}))\n"
+            "for n in range(3000): structlog.get_logger().warning('line', n=n)\n"
+        )
+        ours, theirs = os.openpty()
+        try:
+            subprocess.run([sys.executable, "-c", program], cwd=ROOT, stderr=theirs, check=True, timeout=20)
+        finally:
+            os.close(ours)
+            os.close(theirs)
+
+    def test_rest_of_a_long_line(self, monkeypatch):
+        """
+        A line longer than there is room for waits a moment for who reads.
+        """
+        monkeypatch.setattr(journal, "_REST_SECONDS", 20.0)
+        reads, writes = os.pipe()
+        fcntl.fcntl(reads, fcntl.F_SETPIPE_SZ, 4096)
+        with os.fdopen(writes, "wb") as end, os.fdopen(reads, "rb", buffering=0) as pipe:
+            monkeypatch.setattr(sys, "stderr", end)
+            os.set_blocking(reads, False)
+            writer = threading.Thread(target=_Sure().info, args=["x" * 50_000])
+            writer.start()
+            text = b""
+            while writer.is_alive():
+                if select.select([pipe], [], [], 0.05)[0]:
+                    text += pipe.read(1) or b""  # there is room when all of a page was read
+            text += pipe.read(8192) or b""
+        assert b"x" * 50_000 + b"\n" == text
+
+    def test_line_in_the_middle_of_another(self):
+        """
+        What the collector takes away while a line is written may log, too: behind that line.
+        """
+        program = """
+import app.journal as j, app.settings as s, structlog
+class Gone:
+    def __del__(self):
+        structlog.get_logger().warning("inner")
+gone = [Gone()]
+take = j._Sure._take
+def taking(self, line):
+    gone.clear()
+    return take(self, line)
+j._Sure._take = taking
+j.configure(s.load({"SSE_LOG_FORMAT": "json"}))
+structlog.get_logger().warning("outer")
+"""
+        run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, check=True, timeout=20)
+        assert ["outer", "inner"] == [json.loads(line)["event"] for line in run.stderr.splitlines()]
 
 
 async def _answers(port: int) -> bool:
