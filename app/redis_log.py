@@ -115,6 +115,9 @@ redis.call('XTRIM', KEYS[1], 'MAXLEN', '~', ARGV[2])
 
 # Commands of publishers that Redis is given at once; the others wait for their turn.
 _CONNECTIONS = 64
+# Of these, for what must not stand behind a crowd of publishes, each of which may
+# wait a second for its replicas: notices end streams, and clients come with positions.
+_OTHERS = 16
 # A crowd that evicts itself writes thousands a second; this many are some 10 MB.
 _MOST_NOTICES = 100_000
 
@@ -169,7 +172,8 @@ class RedisLog:
 
         self._reader = redis_client.client(url, timeout_seconds=timeout_seconds, single_connection_client=True)
         self._publisher = redis_client.client(url, timeout_seconds=timeout_seconds, max_connections=_CONNECTIONS)
-        self._turns = redis_client.Turns(_CONNECTIONS, timeout_seconds)
+        self._publish_turns = redis_client.Turns(_CONNECTIONS - _OTHERS, timeout_seconds)
+        self._turns = redis_client.Turns(_OTHERS, timeout_seconds)
         self._publish = self._publisher.register_script(_PUBLISH)
         self._notify = self._publisher.register_script(_NOTIFY)
         self._renew = self._reader.register_script(_RENEW)
@@ -206,7 +210,7 @@ class RedisLog:
             left = deadline - asyncio.get_running_loop().time()
             try:
                 async with asyncio.timeout(left):
-                    answer = await _told(self._turns.run(self._append(keys, args, left)))
+                    answer = await _told(self._publish_turns.run(self._append(keys, args, left)))
                 break
             except (LogUnavailable, TimeoutError) as error:
                 if isinstance(error.__cause__, ReadOnlyError):

@@ -234,6 +234,19 @@ class TestCrowd:
         assert [None] * 100 + [False] * 100 == found[100:]
         assert 100 == added
 
+    async def test_notices_and_positions(self, module_redis_server: Redis):
+        """Publishers that wait for replicas hold up no notice, which ends a stream, and no client with a position."""
+        log = RedisLog(module_redis_server.url, prefix="crowd-wait", history_seconds=60, max_events=1_000, wait_replicas=1)
+        async with asyncio.TaskGroup() as group:
+            asked = [group.create_task(log.publish(Batch.of([Draft(("t",), str(number))]))) for number in range(300)]
+            await asyncio.sleep(0)  # all of them ask
+            assert not await log.has(Position(1, 1))
+            await log.notify(Notice("watch", {}))
+            assert not any(publish.done() for publish in asked)
+            for publish in asked:
+                publish.cancel()
+        await log.close()
+
     async def test_administrators(self, module_redis_server: Redis):
         """Administrators do not take the connection by which this process asks for places."""
         options = {"limit": 1, "lease_seconds": 60, "max_age_seconds": 60, "timeout_seconds": 30}
