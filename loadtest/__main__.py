@@ -112,6 +112,7 @@ def main(arguments: list[str]) -> int:
         _check_ports(options)
         if options.worker:
             port = str(options.master_port or MASTER_PORT)
+            say(f"Working for the master on {options.worker}, port {port}, as soon as it is there.")
             code, interrupted = _locust(options, ["--worker", "--master-host", options.worker, "--master-port", port])
             return INTERRUPTED if interrupted else code
         _check_possible(options)

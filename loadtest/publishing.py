@@ -103,10 +103,10 @@ class Publishing:
                 return True
             if status in (400, 401, 403, 404, 413, 415, 422):
                 tally["publish_failed"] += len(events)
-                tally[f"publish_refused:{status} {_reason(answer)}"] += 1
+                tally[f"publish_refused:{status} {_reason(answer)}".strip()] += 1
                 return False
             if status:
-                tally[f"publish_refused:{status} {_reason(answer)}"] += 1
+                tally[f"publish_refused:{status} {_reason(answer)}".strip()] += 1
             if time.monotonic() - began > REPEAT_SECONDS or not generator.publishing:
                 # Whether it was served is not known, so these numbers prove nothing:
                 # whatever comes next counts from 1 under another key.
