@@ -57,6 +57,8 @@ async def drain(kit: Kit) -> None:
         if past < told and now >= lead + past * each:
             end(streams[past])
             past += 1
+            if past == len(streams):
+                break  # nobody is left to spread
         due = min(lead + past * each, told * each if told < len(streams) else lead + settings.drain_seconds)
         wait = due - (clock() - began)
         if wait > 0.001:

@@ -185,7 +185,7 @@ class TestTheEnd:
     @pytest.fixture
     def process(self, path: tuple[str, str]) -> Iterator[Process]:
         """Its drain takes longer than any of these tests, if it has streams."""
-        with Process(environment(path, SSE_DRAIN_SECONDS=LONG)) as process:
+        with Process(environment(path, SSE_DRAIN_SECONDS=LONG, SSE_DRAIN_LEAD_SECONDS=LONG)) as process:
             yield process
 
     @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
@@ -199,6 +199,15 @@ class TestTheEnd:
 
             assert exit_code(process) == 0
         assert process.complaints() == []
+
+    def test_comes_with_the_last_stream(self, path: tuple[str, str]):
+        """Where few streams were open, nothing is waited for behind them."""
+        with Process(environment(path, SSE_DRAIN_SECONDS=10)) as process, Reader.open(process.port, "t") as reader:
+            reader.until_open()
+            process.kill(signal.SIGTERM)
+
+            assert exit_code(process) == 0
+            assert log_lines(process.log(), "drained")[0]["seconds"] < 8
 
     def test_comes_at_once_at_the_second_signal(self, process: Process):
         """Who cannot wait for the drain need not."""
