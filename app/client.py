@@ -11,6 +11,7 @@ All wait longer after each failure, with jitter, and never less than the server 
 import asyncio
 import json
 import random
+import re
 import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing, nullcontext
@@ -18,7 +19,6 @@ from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from time import time
 from typing import Any
-from urllib.parse import quote
 
 import httpx2
 
@@ -39,6 +39,7 @@ SHORTEST_WAIT_SECONDS = 0.05
 # The first wait of a publish that failed; doubled four times at most.
 PUBLISH_WAIT_SECONDS = 0.2
 LONGEST_WAIT_SECONDS = 86_400.0
+_RUN_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 OnOpen = Callable[[dict[str, Any]], None]
 OnWait = Callable[[str, float], None]
@@ -321,13 +322,18 @@ async def cancel(
         run: The run's id, or its topic, which `on_open` is told: ``opened["topics"][0]``.
 
     Raises:
+        ValueError: *run* can be no run's id.
         Refused: There is no such run, or it is somebody else's.
         GaveUp: Nobody confirmed it in time.
     """
-    await _confirmed(
+    id = run.removeprefix("run:")
+    # `..` would end something else.
+    if not _RUN_ID.fullmatch(id):
+        raise ValueError(f"run must be 1 to 64 of A-Z a-z 0-9 _ -, got {run!r}")
+    response = await _confirmed(
         {
             "method": "DELETE",
-            "url": f"{url.rstrip('/')}/runs/{quote(run.removeprefix('run:'), safe='')}",
+            "url": f"{url.rstrip('/')}/runs/{id}",
             "params": {} if user is None else {"user": user},
             "headers": headers,
         },
@@ -336,6 +342,8 @@ async def cancel(
         client=client,
         timeout_seconds=timeout_seconds,
     )
+    if _json_object(response.text).get("run") != id:
+        raise Refused(response, "the answer does not name the run; is this the kit's address?")
 
 
 async def publish(

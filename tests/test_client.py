@@ -461,14 +461,23 @@ class TestRun:
     async def test_cancelled(self):
         """It is ended by its id or its topic, asked for again where no answer came, under the same user."""
         for name in ("r", "run:r"):
-            async with serving(dropped, status(503), status(202)) as server:
+            async with serving(dropped, status(503), status(202, body={"run": "r"})) as server:
                 await cancel(server.url + "/", name, user="ann", headers={"X-A": "b"})
 
             asked = [(each.method, each.path, each.query, each.headers["x-a"]) for each in server.requests]
             assert [("DELETE", "/runs/r", {"user": ["ann"]}, "b")] * 3 == asked
 
     async def test_not_cancelled(self, free_port):
-        """A run that is not there is refused; a server that is not there is given up, and said."""
+        """
+        A run that is not there is refused, and so is a page of somebody else's; a server that is not there is given up.
+        """
+        async with serving(status(200, body={"ok": True})) as server:
+            with pytest.raises(Refused, match="is this the kit's address"):
+                await cancel(server.url, "r")
+            for wrong in ("..", "run:.", "", "a/b"):  # `/runs/..` is `/`
+                with pytest.raises(ValueError, match="run must be 1 to 64 of"):
+                    await cancel(server.url, wrong)
+            assert 1 == len(server.requests)
         async with serving(status(404)) as server:
             with pytest.raises(Refused, match="DELETE /runs/r got status 404"):
                 await cancel(server.url, "r")
