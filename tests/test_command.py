@@ -229,9 +229,9 @@ class TestPublish:
         async with publishing() as run:
             run.input.write(b"a\n")
             await until(lambda: run.data == ["a"], "the lone line")
-            for line in (b"b\n", b"c", b"\n", b"d\n"):
-                run.input.write(line)
-                await asyncio.sleep(0)
+            for text, lines in ((b"b\n", 2), (b"c", 2), (b"\n", 3), (b"d\n", 4)):
+                run.input.write(text)
+                await until(lambda lines=lines: run.publishing.lines.count == lines, "each line has come before the next")
             assert 0 == await run.end()
             assert [["a"], ["b", "c", "d"]] == [
                 [event["data"] for event in request.events] for request in run.server.requests
