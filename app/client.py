@@ -329,7 +329,7 @@ async def cancel(
     id = run.removeprefix("run:")
     # `..` would end something else.
     if not _RUN_ID.fullmatch(id):
-        raise ValueError(f"run must be 1 to 64 of A-Z a-z 0-9 _ -, got {run!r}")
+        raise ValueError(f"run must be 1 to 64 of A-Z a-z 0-9 _ -, got {run!r}. Give the topic that `on_open` was told.")
     response = await _confirmed(
         {
             "method": "DELETE",
